@@ -22,8 +22,8 @@ biases and dropout inside attention (not needed at any size), experts, sliding w
 layouts: from_pretrained refuses them by name.
 
 Reading order: config, parts, GPT, generation, files, and last what only training needs.
-Legend, in all files: B batch, T time (places in a row), C width (n_embd), H query heads, K key-value
-heads (n_kv_head), D head size (head_dim), V vocabulary.
+Legend, in all files: B batch, T time (places in a row), C width (n_embd), H query heads (n_head),
+K key-value heads (n_kv_head), D head size (head_dim), V vocabulary (vocab_size).
 """
 import ctypes
 import json
@@ -64,9 +64,10 @@ class GPTConfig:
     def __post_init__(self):
         self.n_embd = self.n_embd or 64 * self.n_layer
         self.n_head = self.n_head or max(1, self.n_embd // 64)
-        self.n_kv_head = self.n_kv_head or (self.n_head // 2 if self.n_head % 2 == 0 else self.n_head)
+        self.n_kv_head = self.n_kv_head or (self.n_head if self.n_head % 2 else self.n_head // 2)
         self.n_inner = self.n_inner or (self.n_embd * 8 // 3 + 63) // 64 * 64
-        for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "n_inner"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head",
+                     "n_inner"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number above 0")
@@ -76,11 +77,11 @@ class GPTConfig:
                                  f"the nearest that is: {self.n_embd // self.n_head * self.n_head}")
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}; "
-                             "each key-value head serves an equal number of query heads")
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head "
+                             f"{self.n_kv_head}; each serves an equal number of query heads")
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim!r}; rotary positions turn pairs, so it must "
-                             "be an even whole number")
+            raise ValueError(f"head_dim is {self.head_dim!r}; rotary positions turn pairs, so it "
+                             "must be an even whole number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and less than 1")
 
@@ -110,13 +111,13 @@ def rotary(positions, head_dim: int, theta: float):
     coordinates into D/2 pairs and turns pair i by position * theta^(-2i/D): fast clock hands and
     slow ones. The dot product of a turned query and a turned key then depends on their distance.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None, None].float() * theta ** -exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs of x (B, T, H, D). Pair i is coordinates i and i + D/2, as in Llama's layout."""
+    """Turn the pairs of x (B, T, H, D). Pair i is coordinates i and i + D/2, Llama's layout."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -164,15 +165,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))      # (B, T, C) -> (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))      # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, K, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))      # -> (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))      # -> (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)                   # -> (B, T, K, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # -> (B, H or K, T, D)
         if cache is not None:
             k, v = cache.extend(self, k, v)                                # -> (B, K, S, D)
         y = attend(q, k, v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, H, T, D) -> (B, T, C)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -254,14 +255,17 @@ class GPT(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def init_weights(self):
-        """Normal with standard deviation 0.02 everywhere, as GPT-2: small, so that the first logits
-        are nearly equal and the first loss is about ln V. The matrices that write into the residual
-        stream get 0.02 / sqrt(2 n_layer): 2 n_layer of them are added, and the variances of
-        independent terms add (GPT-2 paper, section 2.3)."""
+        """Normal, with the standard deviation of GPT-2 at its width: 0.02 for 768. It shrinks as
+        1 / sqrt(width), because a logit is a sum over the width and the variances of independent
+        terms add: so the first logits are as small, and the first loss as near to ln V, at any
+        size. The matrices that write into the residual stream get another 1 / sqrt(2 n_layer), as
+        2 n_layer of them are added up there (GPT-2 paper, section 2.3)."""
+        std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02)
+                nn.init.normal_(
+                    weight, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
 
     def count_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
@@ -282,8 +286,9 @@ class GPT(nn.Module):
     # ------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, stop=(), seed: int | None = None):
+    def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None, stop=(),
+                 seed: int | None = None):
         """Continue the rows of tokens (B, T); yield the next ids (B,), step by step.
 
         temperature divides the logits: below 1 safer, above 1 wilder, 0 always the likeliest token.
@@ -413,7 +418,7 @@ HF_FIXED = dict(
 
 
 def read_config(entries: dict) -> dict:
-    """config.json -> the fields of a GPTConfig. Raises ValueError for what the model can't honour."""
+    """config.json -> the fields of a GPTConfig. ValueError for what the model can't honour."""
     entries = dict(entries)
     # transformers 5 writes the rotary settings as a group of their own.
     rope = entries.pop("rope_parameters", None) or {}
@@ -434,7 +439,7 @@ def read_config(entries: dict) -> dict:
         if type(value) is int and kind is float:
             value = float(value)
         if type(value) is not kind and not (name == "head_dim" and value is None):
-            raise ValueError(f"{name} is {value!r}, not {'a number' if kind is not bool else 'true or false'}")
+            raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
         fields[field] = value
     return fields
 
@@ -468,7 +473,7 @@ def write_whole(path):
 
 
 def write_safetensors(path, tensors: dict, metadata: dict):
-    """Write named tensors, and metadata {str: str}, as one file. Raises OSError (disk full, ...)."""
+    """Write named tensors, and metadata {str: str}, as one file. OSError if the disk is full."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
@@ -522,7 +527,8 @@ def read_safetensors(path) -> tuple[dict, dict]:
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device asked for, or the best one here. Raises ValueError if it can't be used."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
     name = name or next(kind for kind, works in here.items() if works)
     if not here.get(name):
         raise ValueError(f"device {name!r} is not available here; there is: "
@@ -569,7 +575,8 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
             a @ a
             times.append(time.perf_counter() - start)
         return min(times)
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+    faster = seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
@@ -589,7 +596,7 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
     optimizers = []
     if name == "muon":
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer 'muon' needs torch 2.9 or later; this is {torch.__version__}")
+            raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
         hidden = [w for w in model.layers.parameters() if w.requires_grad and w.dim() == 2]
         optimizers = [torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay,
                                        adjust_lr_fn="match_rms_adamw")]
@@ -600,24 +607,25 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to a tenth of it (GPT-3, appendix B).
+    """Linear warm-up to `peak`, then half a cosine down to 0, in `max_steps` steps altogether.
 
     Warm-up, because AdamW's first averages rest on few gradients; decay, because near the end small
-    steps average out the noise of the batches.
+    steps average out the noise of the batches, all the way down (arXiv:2502.15938, section 4).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
 
 
-def accumulate_gradients(forward, tokens, targets, micro_batch: int, device, autocast, scaler) -> float:
+def accumulate_gradients(forward, tokens, targets, micro_batch: int, device, autocast,
+                         scaler) -> float:
     """Add the gradient of the whole batch to the weights' .grad; return its loss, nats per target.
 
-    tokens, targets (B, T). micro_batch rows go through at once, to fit the memory. Each piece's mean
-    loss counts by its share of the target tokens, so that the pieces add up to the mean over the
-    whole batch whatever the cut; dividing by the number of pieces would not, as soon as they hold
-    different numbers of targets. forward is the model, perhaps compiled.
+    tokens, targets (B, T). micro_batch rows go through at once, to fit the memory. Each piece's
+    mean loss counts by its share of the target tokens, so that the pieces add up to the mean over
+    the whole batch whatever the cut; dividing by the number of pieces would not, as soon as they
+    hold different numbers of targets. forward is the model, perhaps compiled.
     """
     count, loss = max(1, int((targets != -100).sum())), 0.0
     for x, y in zip(tokens.split(micro_batch), targets.split(micro_batch)):
@@ -630,7 +638,7 @@ def accumulate_gradients(forward, tokens, targets, micro_batch: int, device, aut
 
 
 def draw_losses(path, curves: dict[str, list[tuple[float, float]]], x_title: str, y_title: str):
-    """Write {name: [(x, y), ...]} as a picture that any browser shows, on light and dark screens."""
+    """Write {name: [(x, y), ...]} as a picture for any browser, on light and dark screens."""
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
     if not points:
         return
@@ -640,10 +648,11 @@ def draw_losses(path, curves: dict[str, list[tuple[float, float]]], x_title: str
 
     def place(x, y):
         return f"{60 + 520 * x / right:.1f},{20 + 300 * (high - y) / (high - low):.1f}"
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 370" font-family="sans-serif"'
-             ' font-size="12">', "<style>svg{background:#fff;color:#222}text{fill:currentColor}"
-             "polyline{fill:none;stroke-width:1.5}.c0{stroke:#3b7dd8;color:#3b7dd8}"
-             ".c1{stroke:#d8643b;color:#d8643b}line{stroke:currentColor;opacity:.2}"
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 370" '
+             'font-family="sans-serif" font-size="12">',
+             "<style>svg{background:#fff;color:#222}text{fill:currentColor}"
+             ".c0{color:#3b7dd8}.c1{color:#d8643b}line{stroke:currentColor;opacity:.2}"
+             "polyline{fill:none;stroke:currentColor;stroke-width:1.5}"
              "@media(prefers-color-scheme:dark){svg{background:#161616;color:#ddd}}</style>"]
     for i in range(5):          # five grid lines each way, with the number they stand for
         x, y = right * i / 4, low + (high - low) * i / 4
@@ -654,10 +663,10 @@ def draw_losses(path, curves: dict[str, list[tuple[float, float]]], x_title: str
     for i, (name, curve) in enumerate(curves.items()):
         line = " ".join(place(x, y) for x, y in curve if math.isfinite(y))
         parts += [f'<polyline class="c{i % 2}" points="{line}"/>',
-                  f'<text x="574" y="{36 + 18 * i}" text-anchor="end" class="c{i % 2}" '
-                  f'stroke="none">{name} {curve[-1][1]:.3f}</text>' if curve else ""]
+                  f'<text x="574" y="{36 + 18 * i}" text-anchor="end" class="c{i % 2}">'
+                  f'{name} {curve[-1][1]:.3f}</text>' if curve else ""]
     parts += [f'<text x="320" y="360" text-anchor="middle">{x_title}</text>',
-              f'<text transform="translate(14 170) rotate(-90)" text-anchor="middle">{y_title}</text>',
-              "</svg>"]
+              '<text transform="translate(14 170) rotate(-90)" text-anchor="middle">'
+              f"{y_title}</text>", "</svg>"]
     with write_whole(path) as file:
         file.write("\n".join(parts).encode())

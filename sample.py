@@ -31,8 +31,8 @@ def wrong_flag(message: str):
 
 
 def read_flags(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Let a model go on with a text.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Let a model go on with a text.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = wrong_flag
     add = parser.add_argument
     add("model", nargs="?", metavar="DIR", help="the model; default: the run in out/ saved last")
@@ -75,7 +75,7 @@ def speak(argv=None):
     device = pick_device(args.device)
     model = GPT.from_pretrained(directory, device, pick_dtype(device, args.dtype)).eval()
     if not (directory / "tokenizer.json").exists():
-        raise ValueError(f"{directory} holds no tokenizer.json: its model can't be spoken to in text")
+        raise ValueError(f"{directory} holds no tokenizer.json: its model knows only numbers")
     tokenizer = Tokenizer.load(directory)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only "
@@ -88,8 +88,8 @@ def speak(argv=None):
             raise ValueError("this tokenizer has no <|endoftext|> to begin with: give a --prompt")
         prompt = [end]      # in training, every document began after one
     if len(prompt) > model.config.block_size:
-        print(f"the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}",
-              file=sys.stderr)
+        print(f"the prompt has {len(prompt)} tokens; the model sees the last "
+              f"{model.config.block_size}", file=sys.stderr)
     tokens = torch.tensor([prompt], device=device)
 
     count, start = 0, time.perf_counter()
@@ -102,7 +102,8 @@ def speak(argv=None):
             nonlocal count
             for step in model.generate(
                     tokens, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                    stop=() if end is None else (end,), seed=None if args.seed is None else args.seed + i):
+                    stop=() if end is None else (end,),
+                    seed=None if args.seed is None else args.seed + i):
                 count += 1
                 if step.item() == end:
                     return

@@ -1,0 +1,1035 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy"]
+# ///
+"""Byte-level BPE, whole: learn a tokenizer, encode, decode, read and write the field's files.
+
+Byte-pair encoding turns text into a short list of small integers, all that a language model ever
+sees. It starts with the 256 bytes and learns from a text which two neighbours to glue into one
+token, the most frequent pair first, again and again. To encode a text, glue in the same order.
+Any text can be encoded, and decoding gives back exactly its bytes.
+
+    python bpe.py train  plays.txt --vocab_size 4096 --out out/tokenizer   # 5 MB: 2 seconds
+    python bpe.py encode plays.txt --tokenizer out/tokenizer --out out/train.npy
+    python bpe.py show  "To be, or not" --tokenizer out/tokenizer    # cut into coloured tokens
+
+    tokenizer = Tokenizer.load("out/tokenizer")    # or the tokenizer.json of Qwen, Llama 3, ...
+    tokenizer.decode(tokenizer.encode("any text")) == "any text"
+
+Words: a *chunk* is a piece of text, about a word, across whose edges nothing is merged; a *token*
+is a string of bytes with a number, its *id*; a *merge* glues two tokens into a third, and its
+*rank* says how early it was learned (lower goes first). Left out on purpose: tokenizers that are
+not byte-level BPE. What a file asks for and is not done here is refused by name.
+Reading order: bytes, splitting, learning, encoding and decoding, load and save, chats, files,
+command line. Sources: Sennrich et al. 2016, arxiv.org/abs/1508.07909 (BPE on words); Radford et al.
+2019, github.com/openai/gpt-2 (bytes, splitting); github.com/openai/tiktoken (patterns, rank files);
+github.com/huggingface/tokenizers (tokenizer.json, the order of equally frequent pairs).
+"""
+
+import argparse
+import base64
+import codecs
+import contextlib
+import functools
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import unicodedata
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+# ------------------------------------------------------------------------------------------ bytes
+
+# tokenizer.json is text, tokens are bytes, and many a token is no valid UTF-8 by itself (a third of
+# a Chinese character, say). GPT-2's way out, which everyone kept: each byte is written as a visible
+# character. Those that are visible in Latin-1 stand for themselves, the others for U+0100 upward.
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+CHAR_OF_BYTE = {byte: byte for byte in VISIBLE} | {b: 256 + i for i, b in enumerate(HIDDEN)}
+BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+
+
+def spell(token: bytes) -> str:
+    """b" caf\\xc3\\xa9" -> "Ġcafé": the bytes 0xC3 0xA9 of é are written Ã and ©."""
+    return token.decode("latin-1").translate(CHAR_OF_BYTE)
+
+
+def unspell(spelling: str) -> bytes:
+    return spelling.translate(BYTE_OF_CHAR).encode("latin-1")
+
+
+# -------------------------------------------------------------------------------------- splitting
+
+# A text is first cut into chunks. Without that the commonest tokens would be "e t" and ". The".
+# The alternatives of a pattern are tried from left to right; take llama3's:
+#   (?i:'s|'t|...)            English endings: 's 't 're 've 'm 'll 'd
+#   [^\r\n\p{L}\p{N}]?\p{L}+  a word, with one space (or quote, or bracket) before it
+#   \p{N}{1,3}                up to three digits, so that numbers do not fill the vocabulary
+#    ?[^\s\p{L}\p{N}]+[\r\n]* punctuation, with a space before and line ends after
+#   \s*[\r\n]+                white space up to the end of the line
+#   \s+(?!\S)                 white space, less the last blank, which belongs to the next word
+#   \s+                       what is left
+# cl100k is GPT-4, o200k is GPT-4o: it also cuts where lower case turns to upper, as in "camelCase".
+# smollm2 is gpt2 with single digits, which its file asks for in two steps ("Digits", "ByteLevel").
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+O200K_WORD = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+              r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|")
+PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
+               r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"),
+    "o200k": (O200K_WORD % ("*", "+") + O200K_WORD % ("+", "*")
+              + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    "llama3": LLAMA3,
+    "qwen2": LLAMA3.replace("{1,3}", ""),
+    "smollm2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+                r"|\s+(?![^\s\p{N}])|\s+"),
+}
+
+
+@functools.cache
+def unicode_classes() -> dict[str, tuple[str, str]]:
+    r"""Python's re has no \p{L}, so list the letters: {"L": (below U+10000, above), ...}
+
+    They are those of this Python's Unicode; the libraries in Rust have Unicode 16. A character that
+    is newer than either may be split otherwise, any other is not. White space is spelled out too:
+    Python's \s has U+001C to U+001F, which no one else's has.
+    """
+    ranges = defaultdict(list, s=[(9, 13), (32, 32), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680),
+                                  (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
+                                  (0x205F, 0x205F), (0x3000, 0x3000)])
+    for code in (*range(0x40000), *range(0xE0000, 0xE1000)):     # the other planes have no letters
+        category = unicodedata.category(chr(code))               # "Lu": letter, upper case
+        for runs in (ranges[category], ranges[category[0]]):
+            if runs and runs[-1][1] == code - 1:
+                runs[-1][1] = code
+            else:
+                runs.append([code, code])
+    classes = {}
+    for name, runs in ranges.items():
+        low, high = ("".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in runs
+                             if (first > 0xFFFF) == above) for above in (False, True))
+        classes[name] = low, high
+    return classes
+
+
+@functools.cache
+def compile_pattern(pattern: str, high: bool) -> re.Pattern:
+    r"""The pattern with \p{..} and \s written as ranges; high: the text has characters >= U+10000.
+
+    re finds a character below U+10000 in a table, but compares one above with hundreds of ranges
+    one by one, and would do so at each end of a word. So those stand behind a look-ahead, and are
+    left out for a text that has no such character, as most have none.
+    """
+    def ranges(above):
+        def look_up(name):
+            if (name[1] or "s") not in unicode_classes():
+                raise ValueError(f"split pattern: no class {name[0]}")
+            return unicode_classes()[name[1] or "s"][above]
+        return look_up
+
+    def translate(found):
+        negated, body = found[1] or "", found[2] or found[0]     # \p{L} alone: a class of one
+        if body == r"\S":
+            negated, body = "^", r"\s"
+        named = r"\\p\{(\w+)\}|\\s"
+        low = re.sub(named, ranges(False), body)
+        rest = "".join(map(ranges(True), re.finditer(named, body)))
+        if "[" in body or re.search(r"\\[a-mopqsu-zA-TV-Z]", low):
+            raise ValueError(f"split pattern: can't translate {found[0]}")
+        if not (high and rest):
+            return f"[{negated}{low}]"
+        any_high = r"\U00010000-\U0010ffff"
+        below = f"[^{low}{any_high}]" if negated else f"[{low}]"
+        return f"(?:{below}|(?=[{any_high}])[{negated}{rest}])"
+
+    try:
+        classes = r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\[a-moqsu-zA-Z]|\\[pP]\{\w+\}"
+        return re.compile(re.sub(classes, translate, pattern))
+    except re.error as error:
+        raise ValueError(f"split pattern: {error}: {pattern}") from None
+
+
+def split(text: str, pattern: str) -> list[str]:
+    r""""To be!\n" -> ["To", " be", "!\n"]"""
+    high = len(text.encode("utf-16-le")) > 2 * len(text)         # above U+FFFF it takes two units
+    return compile_pattern(pattern, high).findall(text)
+
+
+# Texts of any size are worked on in pieces of about a million characters, cut where every pattern
+# has an edge anyway: before a blank after a letter or digit, or after a line end between visibles.
+PIECE = 1 << 20
+CUT = re.compile(r"[^\W_](?=\s)|\S\n(?=[^\W_])")
+
+
+def pieces(text: str):
+    """A text -> pieces that can be encoded each on its own."""
+    if not text.isascii():                    # half a surrogate pair is no character: U+FFFD
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    begin = 0
+    while begin < len(text):
+        cut = CUT.search(text, begin + PIECE)
+        end = cut.end() if cut else len(text)
+        yield text[begin:end]
+        begin = end
+
+
+def count_chunks(texts, pattern: str) -> Counter:
+    counts = Counter()
+    for text in texts:
+        for piece in pieces(text):
+            counts.update(split(piece, pattern))
+    return counts
+
+
+# --------------------------------------------------------------------------------------- learning
+
+def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
+    """{chunk: how often} -> merges: the i-th pair of ids becomes token 256 + i.
+
+    {"aaab": 2, "ab": 1}, 2 -> [(97, 97), (97, 98)]: "aa" stands there 4 times, "ab" 3 times; with
+    aa merged, the chunks are [aa][a][b] and [a][b], and now "ab" is commonest.
+    The rule: the most frequent pair; of equally frequent ones that with the smallest ids. So the
+    outcome depends on the counts alone, not on the order of the text or the number of processes.
+
+    The plain loop (count all pairs, merge the commonest everywhere) reads the text once per merge.
+    Here all distinct chunks lie in a row, with a 0xFF, which no UTF-8 contains, around each, and:
+    1. Counts are kept up to date: a merge changes only the pairs beside it. It is known where these
+       are: a pair can only come into being at the moment when the younger of its tokens does, so
+       its places are written down once; later they can only cease to hold.
+    2. Many merges are done at once. Walk down the pairs, the commonest first, for as long as none
+       begins with a token that another ends with. Such pairs can't overlap, so they leave each
+       other's counts alone. A new pair, beside a merged one, is no commoner than the pair that
+       stood there before. That one overlaps the merged one, so it isn't in the batch: it comes
+       later in the order, and so does the new pair. Hence one by one gives the same.
+       A batch has about 50 merges, in which numpy does the work of all.
+    """
+    chunks = [chunk.encode() for chunk in counts]
+    flat = np.frombuffer(b"\xff" + b"\xff".join(chunks) + b"\xff", np.uint8)
+    size = len(flat)
+    token = flat.astype(np.int32)                            # at each place: its token,
+    after = np.arange(1, size + 1, dtype=np.int32)           # the place of the next token,
+    before = np.arange(-1, size - 1, dtype=np.int32)         # and of the one before,
+    pair_at = np.zeros(size, np.int32)                       # the pair that begins here (0: none),
+    weight = np.append(np.fromiter(counts.values(), np.int64, len(chunks)), 0)
+    weight = weight[np.cumsum(flat == 0xFF) - 1]             # how often the chunk occurs
+
+    # A pair has a number, in order of appearance. A merge takes away one place and makes two pairs
+    # at most, so fewer than 3 * size ever appear. (Memory that is not touched costs nothing.)
+    both = np.zeros(3 * size, np.int64)                      # its two ids: a << 32 | b
+    count = np.zeros(3 * size, np.int64)
+    start = np.zeros(3 * size, np.int64)                     # its places: places[start:next start]
+    places = np.zeros(3 * size, np.int32)
+    n_pairs, n_places = 1, 0
+
+    def add_pairs(where) -> int:
+        """Number and count the pairs which begin at these places; returns the first number."""
+        nonlocal n_pairs, n_places
+        ids = token[where].astype(np.int64) << 32 | token[after[where]]
+        order = np.argsort(ids, kind="stable")
+        where, ids = where[order], ids[order]
+        edges = np.flatnonzero(np.diff(ids, prepend=-1))     # equal pairs are now side by side
+        first, n_pairs = n_pairs, n_pairs + len(edges)
+        both[first:n_pairs] = ids[edges]
+        count[first:n_pairs] = np.add.reduceat(weight[where], edges) if len(edges) else 0
+        start[first:n_pairs] = n_places + edges
+        places[n_places:n_places + len(where)] = where
+        n_places += len(where)
+        start[n_pairs] = n_places
+        pair_at[where] = np.repeat(np.arange(first, n_pairs), np.diff(edges, append=len(ids)))
+        return first
+
+    def entries(pairs):                                      # what the heap sorts by: the rule
+        return zip((-count[pairs]).tolist(), both[pairs].tolist(), pairs.tolist())
+
+    add_pairs(np.flatnonzero((flat[:-1] != 0xFF) & (flat[1:] != 0xFF)).astype(np.int32))
+    merges, heap, floor = [], [], 0
+    while len(merges) < n_merges:
+        # The heap holds the pairs with a count of floor or more; empty, it takes the next few
+        # thousand. Counts only fall, so an entry may be out of date: then it goes back, or below.
+        if not heap:
+            waiting = count[1:n_pairs]
+            few = min(4096, len(waiting))
+            floor = max(1, int(np.partition(waiting, -few)[-few])) if few else 1
+            heap = sorted(entries(1 + np.flatnonzero(waiting >= floor)))
+            if not heap:
+                break                                        # nothing left to merge
+        batch, firsts, seconds = [], set(), set()
+        while heap and len(merges) + len(batch) < n_merges:
+            negative, ids, pair = heap[0]
+            now = int(count[pair])
+            if now < floor:
+                heapq.heappop(heap)
+            elif now < -negative:
+                heapq.heapreplace(heap, (-now, ids, pair))
+            else:
+                a, b = ids >> 32, ids & 0xFFFFFFFF
+                if batch and (a in seconds or b in firsts or a == b):
+                    break
+                batch.append(pair)
+                firsts.add(a)
+                seconds.add(b)
+                heapq.heappop(heap)
+                if a == b:                                   # overlaps itself: a batch of its own
+                    break
+        if not batch:
+            continue
+
+        # Where does the batch apply? Of the places written down, those that still hold the pair.
+        left = np.concatenate([places[start[pair]:start[pair + 1]] for pair in batch])
+        pairs = np.array(batch)
+        which = np.repeat(np.arange(len(batch)), start[pairs + 1] - start[pairs])
+        holds = pair_at[left] == pairs[which]
+        left, which = left[holds], which[holds]
+        if firsts & seconds:                                 # aaaa: places 1 and 3, not 2
+            left = np.sort(left)
+            index = np.arange(len(left))
+            first = np.diff(left, prepend=-1) != 0
+            first[1:] = after[left[:-1]] != left[1:]         # the first of a run of a's
+            odd = (index - np.maximum.accumulate(index * first)) % 2
+            left, which = left[odd == 0], which[odd == 0]
+
+        # x a b y -> x [ab] y: the pairs (x,a), (a,b), (b,y) go; (x,[ab]) and ([ab],y) come. If x is
+        # the b of another merge its pair has gone already, and pair_at is 0: count[0] is for those.
+        right = after[left]
+        end = after[right]
+        np.subtract.at(count, pair_at[right], weight[right])
+        pair_at[right] = 0
+        x = before[left]
+        np.subtract.at(count, pair_at[x], weight[left])
+        x = x[pair_at[x] > 0]
+        count[pairs] = 0
+        pair_at[left] = 0
+        token[left] = 256 + len(merges) + which
+        after[left] = end
+        before[end] = left
+        merges += zip((both[pairs] >> 32).tolist(), (both[pairs] & 0xFFFFFFFF).tolist())
+        new = np.arange(add_pairs(np.concatenate((x, left[token[end] != 0xFF]))), n_pairs)
+        for entry in entries(new[count[new] >= floor]):
+            heapq.heappush(heap, entry)
+    return merges
+
+
+# ------------------------------------------------------------------------- encoding and decoding
+
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+DIVIDERS = ("<|endoftext|>", "<|begin_of_text|>")            # one stands before each document
+
+
+class Tokenizer:
+    """Made by Tokenizer.train() or Tokenizer.load()."""
+
+    def __init__(self, vocab, ranks, made, special_tokens, pattern, whole_first=False, nfc=False):
+        self.vocab = vocab                    # list: id -> bytes, None where there is no such id
+        self.ranks = ranks                    # dict: (id, id) -> rank of their merge
+        self.made = made                      # rank -> id of the token it makes
+        self.special_tokens = special_tokens  # dict: name -> id
+        self.pattern = pattern                # how text is split: a regular expression
+        self.whole_first = whole_first        # a chunk that is a token needs no merges (tiktoken)
+        self.nfc = nfc                        # compose e + ´ to é first (Qwen; by Python's tables)
+        special_ids = set(special_tokens.values())           # text never leads to one of these
+        self.id_of = {token: i for i, token in enumerate(vocab)
+                      if token is not None and i not in special_ids}
+        for byte in range(256):
+            if bytes([byte]) not in self.id_of:
+                raise ValueError(f"no token for the byte 0x{byte:02X}: not a byte-level vocabulary")
+        self.byte_ids = [self.id_of[bytes([byte])] for byte in range(256)]
+        self.divider = next((name for name in DIVIDERS if name in special_tokens), None)
+        self.dtype = np.dtype("<u2" if len(vocab) <= 1 << 16 else "<u4")
+        self.cache, self.cached = {}, 0       # chunk -> its ids as bytes of dtype; memory it takes
+
+    def __len__(self):
+        """The largest id + 1: the number of rows of an embedding."""
+        return len(self.vocab)
+
+    @classmethod
+    def train(cls, texts, vocab_size: int, special_tokens=(), pattern="llama3"):
+        """texts: an iterable of str, or the counts of count_chunks().
+        The ids: byte b is b, merge i is 256 + i, the special tokens are last."""
+        pattern = PATTERNS.get(pattern, pattern)
+        counts = texts if isinstance(texts, Counter) else count_chunks(texts, pattern)
+        fixed = 256 + len(special_tokens)
+        if vocab_size < fixed:
+            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and "
+                             f"{len(special_tokens)} special tokens need {fixed}")
+        merges = learn(counts, vocab_size - fixed)
+        if fixed + len(merges) < vocab_size:
+            raise ValueError(f"too little text for vocab_size {vocab_size}: with all chunks merged "
+                             f"it is {fixed + len(merges)}; ask for that or less, or add text")
+        vocab = [bytes([byte]) for byte in range(256)]
+        for a, b in merges:
+            vocab.append(vocab[a] + vocab[b])
+        made = range(256, len(vocab))
+        special = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
+        vocab += [name.encode() for name in special]
+        return cls(vocab, {pair: i for i, pair in enumerate(merges)}, made, special, pattern)
+
+    def encode(self, text: str, allowed_special=()) -> list[int]:
+        """Adds nothing. Text is only text, "<|endoftext|>" 13 characters, but where allowed_special
+        names it (or is "all"): there it is that one token."""
+        names = self.special_tokens if allowed_special == "all" else allowed_special
+        for name in names:
+            if name not in self.special_tokens:
+                raise ValueError(f"{name!r} is none of this tokenizer's special tokens")
+        if not names:
+            return self.encode_array(text).tolist()
+        ids = []
+        either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))   # longest first
+        for i, part in enumerate(re.split(f"({either})", text)):     # text, name, text, name, text
+            ids += [self.special_tokens[part]] if i % 2 else self.encode_array(part).tolist()
+        return ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """encode() for much text: an array of self.dtype, no special tokens. Of 20 chunks, 19 have
+        been seen before, and each of those costs one look into a dictionary."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        joined = []
+        for piece in pieces(text):
+            chunks = split(piece, self.pattern)
+            try:
+                joined.append(b"".join(map(self.cache.__getitem__, chunks)))
+            except KeyError:
+                self.fill_cache(set(chunks))
+                joined.append(b"".join(map(self.cache.__getitem__, chunks)))
+        return np.frombuffer(b"".join(joined), self.dtype)
+
+    def fill_cache(self, chunks: set[str]):
+        if self.cached > 1 << 28:                            # about 256 MB: start over
+            self.cache, self.cached = {}, 0
+        groups = defaultdict(list)                           # length up to 2, 4, 8, ... -> chunks
+        for chunk in chunks.difference(self.cache):
+            word = chunk.encode()
+            self.cached += 200 + 8 * len(word)
+            if self.whole_first and word in self.id_of:
+                self.cache[chunk] = self.id_of[word].to_bytes(self.dtype.itemsize, "little")
+            else:
+                groups[(len(word) - 1).bit_length()].append(chunk)
+        for bits, group in groups.items():
+            words = list(map(str.encode, group))
+            if bits <= 6 and len(words) > 4 << bits:         # enough to be worth the trouble
+                ids = self.merge_side_by_side(words, 1 << bits)
+            else:
+                ids = [np.array(self.merge(word), self.dtype).tobytes() for word in words]
+            self.cache.update(zip(group, ids))
+
+    def merge(self, word: bytes) -> list[int]:
+        """Encoding itself: merge the pair of lowest rank, of equals the leftmost; and again.
+
+        A heap, and a list linked both ways: a word of a megabyte takes n log n steps and not n^2.
+        The list is a ring, closed by an empty place: so its ends need no case of their own.
+        """
+        size = len(word)
+        tokens = [self.byte_ids[byte] for byte in word] + [None]
+        after = [*range(1, size + 1), 0]
+        before = [-1, *range(size)]
+        rank_at = [self.ranks.get(pair) for pair in itertools.pairwise(tokens)] + [None]
+        heap = [(rank, i) for i, rank in enumerate(rank_at) if rank is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            if rank_at[i] != rank:                           # one of the two has merged meanwhile
+                continue
+            j = after[i]
+            tokens[i], tokens[j], rank_at[j] = self.made[rank], None, None
+            after[i] = after[j]
+            before[after[i]] = i
+            for left in (before[i], i):                      # there are new pairs on both sides
+                rank_at[left] = new = self.ranks.get((tokens[left], tokens[after[left]]))
+                if new is not None:
+                    heapq.heappush(heap, (new, left))
+        return [token for token in tokens if token is not None]
+
+    @functools.cached_property
+    def rank_table(self):
+        """self.ranks for numpy: all pairs as numbers in ascending order, and their ranks."""
+        ids = np.fromiter(itertools.chain.from_iterable(self.ranks), np.int64, 2 * len(self.ranks))
+        pairs = np.append(ids[0::2] << 32 | ids[1::2], 1 << 62)      # the last one is a stop
+        order = np.argsort(pairs)
+        return pairs[order], np.append(np.fromiter(self.ranks.values(), np.int64), -1)[order]
+
+    def merge_side_by_side(self, words: list[bytes], length: int) -> list[bytes]:
+        """merge() for thousands of words: in every round numpy does one merge in each of them.
+
+        The words are the columns of a table of length + 1 rows, kept as a flat array: below place i
+        lies i + n. The last row stays empty and closes each column to a ring, as in merge().
+        """
+        n, nothing, empty = len(words), 1 << 62, len(self.vocab)
+        text = np.frombuffer(b"".join(word.ljust(length + 1, b"\xff") for word in words), np.uint8)
+        text = text.reshape(n, length + 1).T.ravel()
+        tokens = np.where(text == 0xFF, empty, np.array(self.byte_ids)[text])
+        places = np.arange(len(tokens))
+        after, before = (places + n) % len(tokens), (places - n) % len(tokens)
+        pairs, ranks = self.rank_table
+        made = np.array(self.made, np.int64)
+
+        def score(left):                                     # the lowest merges first: the rank,
+            pair = tokens[left] << 32 | tokens[after[left]]  # of equal ranks the upper row
+            at = np.searchsorted(pairs, pair)
+            return np.where(pairs[at] == pair, ranks[at] << 6 | left // n, nothing)
+
+        scores = score(places)
+        while True:
+            best = scores.reshape(length + 1, n).min(axis=0)
+            column = np.flatnonzero(best < nothing)
+            if not len(column):
+                break
+            best = best[column]
+            i = (best & 63) * n + column
+            j = after[i]
+            tokens[i], tokens[j], scores[j] = made[best >> 6], empty, nothing
+            after[i] = after[j]
+            before[after[i]] = i
+            scores[i], scores[before[i]] = score(i), score(before[i])
+        tokens = tokens.reshape(length + 1, n).T
+        ids = tokens[tokens < empty].astype(self.dtype).tobytes()
+        ends = np.cumsum((tokens < empty).sum(axis=1)) * self.dtype.itemsize
+        return [ids[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
+
+    def decode_bytes(self, ids) -> bytes:
+        ids = list(ids)
+        for i in ids:
+            if not 0 <= i < len(self) or self.vocab[i] is None:
+                raise ValueError(f"{i} is no id of this vocabulary of {len(self)}")
+        return b"".join([self.vocab[i] for i in ids])
+
+    def decode(self, ids) -> str:
+        """What a model makes up need not be valid UTF-8: the rest of it becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids):
+        """Ids as they come -> text as soon as it is certain, never half a character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in itertools.chain((self.decode_bytes([i]) for i in ids), [None]):
+            if text := decoder.decode(token or b"", final=token is None):
+                yield text
+
+    @classmethod
+    def load(cls, path, pattern=None, special_tokens=None):
+        """A tokenizer.json, a directory with one, or a .tiktoken file. That has ranks only: name a
+        pattern for it, and give {name: id} for special tokens."""
+        path = tokenizer_file(path)
+        try:
+            with open(path, encoding="utf-8") as file:
+                if not path.endswith(".tiktoken"):
+                    return cls(*read_tokenizer_json(file.read()))
+                if pattern is None:
+                    raise ValueError(f"name its pattern: {', '.join(PATTERNS)}")
+                ranks = read_ranks(file, special_tokens or {})
+                return cls(*ranks, PATTERNS.get(pattern, pattern), whole_first=True)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: {error}; is the file cut off?") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, directory):
+        """tokenizer.json, and tokenizer_config.json for transformers."""
+        spelled = [None if token is None else spell(token) for token in self.vocab]
+        for name, i in self.special_tokens.items():
+            spelled[i] = name
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
+                 "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                 "use_regex": False}
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        write_json(os.path.join(directory, "tokenizer.json"), {
+            "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
+            "added_tokens": [{"id": i, "content": name, "special": True} | plain
+                             for name, i in self.special_tokens.items()],
+            "normalizer": {"type": "NFC"} if self.nfc else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "decoder": level,
+            "model": {
+                "type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                "byte_fallback": False, "ignore_merges": self.whole_first,
+                # with the special tokens: else, where ids have gaps, the reader numbers them anew
+                "vocab": {token: i for i, token in enumerate(spelled) if token is not None},
+                "merges": [[spelled[a], spelled[b]]
+                           for a, b in sorted(self.ranks, key=self.ranks.get)]}})
+        config = {"tokenizer_class": "PreTrainedTokenizerFast",
+                  "clean_up_tokenization_spaces": False}
+        if self.divider:
+            config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.divider)
+        if all(name in self.special_tokens for name in CHAT_TOKENS):
+            config["chat_template"] = CHAT_TEMPLATE
+        write_json(os.path.join(directory, "tokenizer_config.json"), config)
+
+
+# ---------------------------------------------------------------------------------- load and save
+
+def tokenizer_file(path):
+    return os.path.join(path, "tokenizer.json") if os.path.isdir(path) else os.fspath(path)
+
+
+def read_ranks(lines, special_tokens):
+    """A line of a .tiktoken file: a token in base64, a blank, its id, which is its rank as well.
+    Any two tokens which together are a third can merge into it, and the lowest id goes first."""
+    vocab, id_of, ranks = [], {}, {}
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            token, rank = base64.b64decode(token, validate=True), int(rank)
+        except ValueError:
+            raise ValueError(f"line {number} is not a token in base64 and a number") from None
+        if rank != len(vocab) or token in id_of:
+            raise ValueError(f"line {number}: {token} has the rank {rank}, "
+                             f"but a new token with the rank {len(vocab)} is due")
+        id_of[token] = rank
+        vocab.append(token)
+    for rank, token in enumerate(vocab):
+        for cut in range(1, len(token)):
+            if token[:cut] in id_of and token[cut:] in id_of:
+                ranks[id_of[token[:cut]], id_of[token[cut:]]] = rank
+    made = range(len(vocab))
+    for name, i in special_tokens.items():
+        vocab += [None] * (i + 1 - len(vocab))
+        if vocab[i] is not None:
+            raise ValueError(f"the id {i} of {name!r} is that of {vocab[i]}")
+        vocab[i] = name.encode()
+    return vocab, ranks, made, special_tokens
+
+
+def read_tokenizer_json(text):
+    def insist(place, part, **allowed):
+        for key, values in allowed.items():
+            if part.get(key) not in values:
+                raise ValueError(f'{place}: "{key}": {json.dumps(part.get(key))[:60]} '
+                                 "is not supported here")
+
+    content = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError('there is no "model" in it')
+    model, pre = content["model"], content.get("pre_tokenizer") or {"type": None}
+    insist("top level", content, truncation=[None], padding=[None],
+           normalizer=[None, {"type": "NFC"}])
+    insist("model", model, type=[None, "BPE"], dropout=[None, 0], byte_fallback=[None, False],
+           continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""])
+    *steps, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    insist("pre_tokenizer", last, type=["ByteLevel"], add_prefix_space=[False])
+    kinds = [step["type"] for step in steps] + [last.get("use_regex", True)]
+    if kinds == [True]:
+        pattern = PATTERNS["gpt2"]
+    elif kinds == ["Digits", True]:
+        insist("Digits", steps[0], individual_digits=[True])
+        pattern = PATTERNS["smollm2"]
+    elif kinds == ["Split", False] and "Regex" in steps[0]["pattern"]:
+        insist("Split", steps[0], behavior=["Isolated"], invert=[None, False])
+        pattern = steps[0]["pattern"]["Regex"]
+    else:
+        raise ValueError(f"pre_tokenizer: {json.dumps(pre)[:200]} is not supported here")
+
+    special = {}
+    for added in content.get("added_tokens") or []:
+        insist(f"added token {added['content']!r}", added, lstrip=[None, False],
+               rstrip=[None, False], single_word=[None, False])
+        special[added["content"]] = added["id"]
+    ids = model["vocab"] | special
+    vocab = [None] * (1 + max(ids.values()))
+    for spelling, i in ids.items():
+        if vocab[i] is not None:
+            raise ValueError(f"the id {i} is there twice, the second time for {spelling!r}")
+        if spelling not in special and not BYTE_OF_CHAR.keys() >= set(map(ord, spelling)):
+            raise ValueError(f"the token {spelling!r} (id {i}) is not in GPT-2's byte alphabet")
+        vocab[i] = spelling.encode() if spelling in special else unspell(spelling)
+    ranks, made = {}, []
+    for rank, merge in enumerate(model["merges"]):
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        for part in (a, b, a + b):
+            if part not in ids:
+                raise ValueError(f"merge {rank} ({a!r}, {b!r}): {part!r} is not in the vocabulary")
+        ranks[ids[a], ids[b]] = rank
+        made.append(ids[a + b])
+    return (vocab, ranks, made, special, pattern,
+            model.get("ignore_merges", False), content.get("normalizer") is not None)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file that gets its name when it is complete: whatever happens, nobody finds half of it."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                          # a full disk shows here at the latest
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or path) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def write_json(path, content):
+    with whole_file(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+# ------------------------------------------------------------------------------------------ chats
+
+# ChatML, as in SmolLM2 and Qwen, less the system message that they put before a chat without one.
+# The only template: chats are encoded with it to learn from, and opened with it to sample.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+
+
+def encode_chat(tokenizer, messages, first_trained=0, reply=False):
+    """[{"role": "user", "content": "Hi"}, ...] -> ids, mask; mask is 1 where there is to learn:
+
+    what the assistant says, and the <|im_end|> by which it stops, from message number first_trained
+    on. With reply the assistant's next turn is opened: a prompt.
+    Heads and contents are encoded apart, since who samples has the head alone. (transformers joins
+    them: so where a content begins with blanks its ids can differ.) Contents are only text.
+    """
+    for name in CHAT_TOKENS:
+        if name not in tokenizer.special_tokens:
+            raise ValueError(f"this tokenizer has no {name}, so it can't encode chats")
+    start, end = (tokenizer.special_tokens[name] for name in CHAT_TOKENS)
+    ids, mask = [], []
+
+    def add(tokens, trained=False):
+        ids.extend(tokens)
+        mask.extend([int(trained)] * len(tokens))
+
+    for number, message in enumerate(messages):
+        add([start, *tokenizer.encode(message["role"] + "\n")])
+        add([*tokenizer.encode(message["content"]), end],
+            trained=message["role"] == "assistant" and number >= first_trained)
+        add(tokenizer.encode("\n"))
+    if reply:
+        add([start, *tokenizer.encode("assistant\n")])
+    return ids, mask
+
+
+def conversations(row: dict) -> list[tuple[list[dict], int]]:
+    """A line of chats or preferences -> (messages, first_trained): one for a chat, two for a pair.
+
+    {"messages"}: learn all that the assistant says. {"prompt", "completion"} or {"prompt",
+    "chosen", "rejected"}, each a string or a list of messages: learn what comes after the prompt.
+    """
+    def messages(value, role):
+        value = [{"role": role, "content": value}] if isinstance(value, str) else value
+        if not (isinstance(value, list) and value and all(
+                isinstance(message, dict) and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str) for message in value)):
+            raise ValueError('a chat must be a list of {"role": string, "content": string}')
+        return value
+
+    if "messages" in row:
+        return [(messages(row["messages"], "user"), 0)]
+    answers = ["completion"] if "completion" in row else ["chosen", "rejected"]
+    if not {"prompt", *answers} <= row.keys():
+        raise ValueError('expected "text", "messages", "prompt" and "completion", or "prompt", '
+                         f'"chosen" and "rejected", but there is {list(row)}')
+    prompt = messages(row["prompt"], "user")
+    chats = [messages(row[answer], "assistant") for answer in answers]
+    return [(chat if chat[:len(prompt)] == prompt else prompt + chat, len(prompt))
+            for chat in chats]                               # some data sets repeat the prompt
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def find_files(names) -> list[tuple[str, int]]:
+    """Files, or folders with .txt and .jsonl files -> (path, size) of every file"""
+    files = []
+    for name in names:
+        inside = [name]
+        if os.path.isdir(name):
+            inside = sorted(os.path.join(folder, file) for folder, _, some in os.walk(name)
+                            for file in some if file.endswith((".txt", ".jsonl")))
+        files += [(file, os.path.getsize(file)) for file in inside]
+    if not sum(size for _, size in files):
+        raise ValueError(f"{' '.join(names)}: no text in it (in a folder, .txt and .jsonl count)")
+    return files
+
+
+def next_edge(stream, at, jsonl, cut=False):
+    """The first place from byte `at` on where a character begins (jsonl: a line; cut: a piece)."""
+    stream.seek(max(0, at - 1))
+    if jsonl and at:
+        stream.readline()
+        return stream.tell()
+    rest = stream.read(4)[1:] if at else b""
+    at += len(rest) - len(rest.lstrip(bytes(range(0x80, 0xC0))))         # 10xxxxxx: not the first
+    if not cut:
+        return at
+    stream.seek(at)
+    block = stream.read(PIECE)
+    found = CUT.search(block.decode("utf-8", "ignore"))
+    if found:
+        return at + len(found.string[:found.end()].encode())
+    return next_edge(stream, at + len(block), jsonl, cut=bool(block))
+
+
+def slices(files, part):
+    """-> (path, first byte, end, whether a document begins here), about PIECE bytes each: the work.
+
+    part cuts by position over all files together. A cut inside a character or line moves to its
+    end, from whichever side one comes: so 0:0.9 and 0.9:1 make the whole.
+    """
+    low, high = (int(sum(size for _, size in files) * fraction) for fraction in part)
+    for path, size in files:
+        jsonl = path.endswith(".jsonl")
+        with open(path, "rb") as stream:
+            begin, stop = (next_edge(stream, min(max(0, at), size), jsonl) for at in (low, high))
+            document = True
+            while begin < stop:
+                end = min(next_edge(stream, min(begin + PIECE, size), jsonl, cut=not jsonl), stop)
+                yield path, begin, end, document
+                begin, document = end, False
+        low, high = low - size, high - size
+
+
+def read_slice(path, begin, end, document):
+    """-> (whether a document begins here, its text or its conversations)"""
+    with open(path, "rb") as stream:
+        stream.seek(begin)
+        data = stream.read(end - begin)
+    try:
+        text = data.decode()
+        if not path.endswith(".jsonl"):
+            yield document, text
+            return
+        for number, line in enumerate(text.split("\n")):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("text", ""), str):
+                raise ValueError('not an object, or its "text" is not a string')
+            yield True, row["text"] if "text" in row else conversations(row)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {begin + error.start}") from None
+    except ValueError as error:
+        with open(path, "rb") as stream:
+            number += 1 + stream.read(begin).count(b"\n")
+        raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def texts_of(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text for messages, _ in value for message in messages
+            for text in (message["role"] + "\n", message["content"])]
+
+
+def count_slice(piece, pattern):
+    rows = read_slice(*piece)
+    return count_chunks((text for _, value in rows for text in texts_of(value)), pattern)
+
+
+def encode_slice(piece, tokenizer):
+    """-> bytes of text, documents begun, what kinds of rows, ids, (mask, lengths) of the chats"""
+    n_bytes, documents, kinds, ids, mask, lengths = 0, 0, set(), [[]], [], []
+    for begins, value in read_slice(*piece):
+        n_bytes += sum(len(text.encode("utf-8", "replace")) for text in texts_of(value))
+        documents += begins
+        if isinstance(value, str):
+            kinds.add("text")
+            if begins:                        # so that the first token, too, is predicted from one
+                ids.append([tokenizer.special_tokens[tokenizer.divider]])
+            ids.append(tokenizer.encode_array(value))
+            continue
+        kinds.add(("chats", "pairs")[len(value) - 1])
+        for messages, first_trained in value:
+            chat_ids, chat_mask = encode_chat(tokenizer, messages, first_trained)
+            ids.append(chat_ids)
+            mask += chat_mask
+            lengths.append(len(chat_ids))
+    ids = np.concatenate([np.asarray(some, tokenizer.dtype) for some in ids])
+    return n_bytes, documents, kinds, ids, (np.array(mask, np.uint8), np.array(lengths, np.int64))
+
+
+def share(value):
+    """Begins a process: what all its work needs is sent once, and Ctrl-C is left to the parent."""
+    global shared
+    shared = value
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def call(function, piece):
+    return function(piece, shared)
+
+
+def parallel(function, names, part, value, verb):
+    """function(slice, value) for every slice of the files, in order, on all cores, with one live
+    line on stderr if it takes a while; only a few slices are in memory."""
+    files = find_files(names)
+    work = slices(files, part)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(cores, 1 + sum(size for _, size in files) // PIECE)
+    total = sum(size for _, size in files) * (part[1] - part[0])
+    began, done, line, waiting = time.monotonic(), 0, "", deque()
+    with ProcessPoolExecutor(cores, initializer=share, initargs=(value,)) as pool:
+        try:
+            while True:
+                for piece in itertools.islice(work, 2 * cores - len(waiting)):
+                    waiting.append((piece, pool.submit(call, function, piece)))
+                if not waiting:
+                    break
+                (_, begin, end, _), result = waiting.popleft()
+                yield result.result()
+                done += end - begin
+                seconds = time.monotonic() - began
+                if seconds > 1 and sys.stderr.isatty():
+                    line = (f"{verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
+                            f"{seconds * max(0, total / done - 1):.0f} s left")
+                    print(f"\r{line:60}", end="", file=sys.stderr, flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            print("\r" + " " * 60 + "\r" if line else "", end="", file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def train_command(args):
+    counts = Counter()
+    for some in parallel(count_slice, args.files, args.part, PATTERNS[args.pattern], "counted"):
+        counts.update(some)
+    special = (DIVIDERS[0], *CHAT_TOKENS)
+    tokenizer = Tokenizer.train(counts, args.vocab_size, special, args.pattern)
+    tokenizer.save(args.out)
+    longest = max(tokenizer.id_of, key=len).decode(errors="replace")
+    print(f"{args.out}: {len(tokenizer):,} tokens, the longest {longest!r}")
+
+
+def npy_header(dtype, length):
+    """As long for any length: written first with 0, at the end with the true one."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
+
+
+def encode_command(args):
+    """Text -> .npy: the ids in a row, mapped into memory by np.load(path, mmap_mode="r").
+
+    Chats -> .npz: ids and mask (1: learn this token) in a row, chat i at offsets[i]:offsets[i + 1].
+    Of pairs, chat 2i is the chosen and chat 2i + 1 the rejected one; mask leaves their prompt out.
+    Beside it a .json: the tokenizer's sha256, and the counts that bits per byte need.
+    """
+    tokenizer = Tokenizer.load(args.tokenizer)
+    with open(tokenizer_file(args.tokenizer), "rb") as file:
+        fingerprint = hashlib.sha256(file.read()).hexdigest()
+    if not tokenizer.divider:
+        raise ValueError(f"{args.tokenizer}: no {' or '.join(DIVIDERS)} to put between documents")
+    tokens, n_bytes, documents, kinds, parts = 0, 0, 0, set(), []
+    sidecar = os.path.splitext(args.out)[0] + ".json"
+    with whole_file(args.out) as file:
+        file.write(npy_header(tokenizer.dtype, 0))
+        for some_bytes, begun, some_kinds, ids, chats in parallel(
+                encode_slice, args.files, args.part, tokenizer, "encoded"):
+            tokens, n_bytes, documents = tokens + len(ids), n_bytes + some_bytes, documents + begun
+            kinds |= some_kinds
+            ending = ".npy" if kinds == {"text"} else ".npz"
+            if len(kinds) > 1 or not args.out.endswith(ending):
+                raise ValueError(f"--out {args.out}: {' and '.join(sorted(kinds))} in these files, "
+                                 "but text goes to one .npy, and chats, or pairs, to one .npz")
+            if ending == ".npy":
+                file.write(ids)
+            else:
+                parts.append((ids, *chats))
+        if not tokens:
+            raise ValueError(f"{' '.join(args.files)}: no text in this part")
+        file.seek(0)
+        if parts:
+            ids, mask, lengths = map(np.concatenate, zip(*parts))
+            np.savez(file, ids=ids, mask=mask, offsets=np.cumsum(np.append(0, lengths)))
+        else:
+            file.write(npy_header(tokenizer.dtype, tokens))
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(sidecar)                               # no old one beside a new file
+    write_json(sidecar, {"tokenizer": fingerprint, "vocab_size": len(tokenizer), "tokens": tokens,
+                         "bytes": n_bytes, "documents": documents, "kind": kinds.pop()})
+    print(f"{args.out}: {tokens:,} tokens of {n_bytes / tokens:.2f} bytes on average")
+
+
+def show_command(args):
+    """Text in tokens of two colours by turns; of chats, the tokens to learn in green."""
+    tokenizer = Tokenizer.load(args.tokenizer)
+    for name in args.files:
+        rows = [(True, name)]
+        if os.path.exists(name):
+            work = slices(find_files([name]), (0, 1))
+            rows = (row for piece in work for row in read_slice(*piece))
+        for _, value in rows:
+            if isinstance(value, str):
+                ids = tokenizer.encode(value)
+                paint(tokenizer, ids, itertools.cycle(["30;104", "30;47"]))
+                continue
+            for messages, first_trained in value:
+                ids, mask = encode_chat(tokenizer, messages, first_trained)
+                paint(tokenizer, ids, ["92" if trained else "90" for trained in mask])
+
+
+def paint(tokenizer, ids, colours):
+    for i, colour in zip(ids, colours):
+        text = tokenizer.vocab[i].decode("utf-8", errors="backslashreplace")
+        print(f"\033[{colour}m" + text.replace("\n", "↵\033[0m\n") + "\033[0m", end="")
+    print()
+
+
+def fractions(text):
+    low, high = map(float, text.split(":"))
+    if not 0 <= low < high <= 1:
+        raise ValueError
+    return low, high
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="bpe.py", description="byte-level BPE tokenizer")
+    commands = parser.add_subparsers(required=True, metavar="train|encode|show")
+    train = commands.add_parser("train", help="learn a tokenizer from text")
+    encode = commands.add_parser("encode", help="text to a file of token ids")
+    show = commands.add_parser("show", help="text cut into coloured tokens")
+    for command, function in (train, train_command), (encode, encode_command), (show, show_command):
+        command.set_defaults(function=function)
+        command.add_argument("files", nargs="+", metavar="FILE", help="a .txt or .jsonl, a folder "
+                             "of them, - for standard input; for show, also the text itself")
+    train.add_argument("--vocab_size", type=int, required=True,
+                       help="number of tokens; more: shorter encodings, larger embeddings")
+    train.add_argument("--pattern", default="llama3", choices=PATTERNS,
+                       help="how text is split before merging (default %(default)s)")
+    for command in encode, show:
+        command.add_argument("--tokenizer", required=True, metavar="DIR",
+                             help="directory with a tokenizer.json, or such a file")
+    for command, what in (train, "directory for tokenizer.json"), (encode, ".npy; for chats .npz"):
+        command.add_argument("--out", required=True, help=what)
+        command.add_argument("--part", type=fractions, default=(0, 1), metavar="A:B",
+                             help="only the text from fraction A to B (default 0:1, all)")
+    args = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if "-" in args.files:             # into a file: then it is read like any other
+                json_lines = sys.stdin.buffer.peek(1)[:1] == b"{"
+                path = os.path.join(folder, "standard input" + (".jsonl" if json_lines else ".txt"))
+                with open(path, "wb") as file:
+                    shutil.copyfileobj(sys.stdin.buffer, file)
+                args.files = [path if name == "-" else name for name in args.files]
+            args.function(args)
+    except KeyboardInterrupt:
+        print("\nbpe.py: interrupted, nothing written", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        where = getattr(error, "filename", None)
+        print(f"bpe.py: {f'{where}: {error.strerror}' if where else error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

