@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.8", "numpy"]
 # ///
-"""The decoder transformer: the model of train.py, finetune.py and sample.py, whole, in one file.
+"""The decoder transformer: the model of train.py and sample.py, whole, in one file.
 
     from gpt import GPT, GPTConfig
     model = GPT(GPTConfig(n_layer=4, vocab_size=4096))      # random weights
@@ -22,15 +22,17 @@ biases and dropout inside attention (not needed at any size), experts, sliding w
 layouts: from_pretrained refuses them by name.
 
 Reading order: config, parts, GPT, generation, files, and last what only training needs.
-Legend, in all files: B batch, T time (places in a row), C width (n_embd), H query heads (n_head),
-K key-value heads (n_kv_head), D head size (head_dim), V vocabulary (vocab_size).
+Legend, in all files: B rows in a batch, T time, that is tokens or places in a row, S places seen
+(T and those before), C width (n_embd), H query heads (n_head), K key-value heads (n_kv_head), D
+head size (head_dim), V vocabulary (vocab_size). Autocast is torch's way to multiply in fewer bits
+than the weights have.
 """
 import ctypes
 import json
 import math
 import mmap
 import os
-import time
+import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,36 +54,40 @@ class GPTConfig:
     block_size: int = 256          # the longest row that the model is trained on, in tokens
     n_layer: int = 4
     n_embd: int | None = None      # 64 per layer: deeper models are wider in step
-    n_head: int | None = None      # one for every 64 of width, the head size of most models
-    n_kv_head: int | None = None   # one for every two query heads: half the cache, same loss
+    n_head: int | None = None      # one for every 64 of width, as in GPT-2
+    n_kv_head: int | None = None   # one for two query heads, where that goes: half the cache
     head_dim: int | None = None    # n_embd / n_head
     n_inner: int | None = None     # 8/3 n_embd, so that SwiGLU's 3 matrices cost what 2 of 4x would
-    rope_theta: float = 10000.0    # longest wavelength of the rotary positions is 2 pi times this
+    rope_theta: float = 10000.0    # rotary positions: no wavelength is longer than 2 pi times this
     norm_eps: float = 1e-6
     tie_embeddings: bool = True    # input and output matrix are one: V x C weights saved
     dropout: float = 0.0           # share of each layer's output that training sets to zero
 
     def __post_init__(self):
-        self.n_embd = self.n_embd or 64 * self.n_layer
-        self.n_head = self.n_head or max(1, self.n_embd // 64)
-        self.n_kv_head = self.n_kv_head or (self.n_head if self.n_head % 2 else self.n_head // 2)
-        self.n_inner = self.n_inner or (self.n_embd * 8 // 3 + 63) // 64 * 64
-        for name in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head",
-                     "n_inner"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number above 0")
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
-                                 f"the nearest that is: {self.n_embd // self.n_head * self.n_head}")
-            self.head_dim = self.n_embd // self.n_head
+        def derive(name, value):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number "
+                                 "above 0")
+        for name in ("vocab_size", "block_size", "n_layer"):
+            derive(name, None)
+        derive("n_embd", 64 * self.n_layer)
+        heads = range(max(1, self.n_embd // 64), 1, -1)         # of these the first that divides
+        derive("n_head", next((n for n in heads if self.n_embd % (2 * n) == 0), 1))
+        derive("n_kv_head", self.n_head if self.n_head % 2 else self.n_head // 2)
+        derive("n_inner", (self.n_embd * 8 // 3 + 63) // 64 * 64)
+        if self.head_dim is None and self.n_embd % self.n_head:
+            nearest = max(1, round(self.n_embd / (2 * self.n_head))) * 2 * self.n_head
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; "
+                             f"the nearest that is: {nearest}")
+        derive("head_dim", self.n_embd // self.n_head)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it "
+                             "must be even")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head "
                              f"{self.n_kv_head}; each serves an equal number of query heads")
-        if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim!r}; rotary positions turn pairs, so it "
-                             "must be an even whole number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and less than 1")
 
@@ -91,7 +97,7 @@ class GPTConfig:
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale each coordinate (arXiv:1910.07467).
 
-    Without it the size of the vectors would grow from layer to layer and training diverge.
+    Layers add to x, so x grows; each part reads a copy of constant size.
     """
 
     def __init__(self, size: int, eps: float):
@@ -105,11 +111,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim: int, theta: float):
-    """Angles that encode positions (T,): cos and sin, each (T, 1, D/2), in fp32.
+    """Angles that encode positions (T,): cos and sin, each (T, 1, D/2), equal for all heads; fp32.
 
     Attention itself is blind to order. RoPE (arXiv:2104.09864, section 3.2) cuts a head's D
     coordinates into D/2 pairs and turns pair i by position * theta^(-2i/D): fast clock hands and
-    slow ones. The dot product of a turned query and a turned key then depends on their distance.
+    slow ones. The dot product of a turned query and a turned key then knows only how far apart they
+    are, not where.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None, None].float() * theta ** -exponents
@@ -129,25 +136,42 @@ def attend(q, k, v):
     Head h reads key-value head h // (H/K) (grouped queries, arXiv:2305.13245). -> (B, H, T, D)
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and T <= 512:
-        # On a CPU the backward pass of torch's fused kernel does not use the bf16 units, and three
-        # plain products are about twice as fast. The heads of a group stand below each other, so
-        # that their keys need not be copied: (B, K, H/K T, D) @ (B, K, D, S).
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and T == S <= 512:
+        # Training on a CPU: the backward pass of torch's fused kernel does not use the bf16 units,
+        # and plain products take half its time (up to some length: they store T x T scores). The
+        # queries of a group stand below each other, so that their keys need not be copied:
+        # (B, K, H/K T, D) @ (B, K, D, T).
         scores = (q * D**-0.5).reshape(B, K, -1, D) @ k.mT
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.view(B, K, -1, T, S).masked_fill(future, -math.inf)
-        # Autocast would do the softmax in fp32 memory; the bf16 kernel sums in fp32 as it is.
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        scores = scores.view(B, K, -1, T, T).masked_fill(future, -math.inf)
+        # Autocast would copy the scores to fp32; the bf16 softmax adds up in fp32 as it is.
         with torch.autocast("cpu", enabled=False):
             weights = scores.softmax(dim=-1)
-        return (weights.view(B, K, -1, S) @ v).view(B, H, T, D)
-    if T == 1 or T == S:        # one query sees all keys; T queries of T places: the usual triangle
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != K)
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=H != K)
+        return (weights.view(B, K, -1, T) @ v).view(B, H, T, D)
+    # T queries of T places see a triangle, and one query sees all; else the triangle's last T rows.
+    seen = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=1 < T == S,
+                                          enable_gqa=H != K)
+
+
+class Cache:
+    """Keys and values of the places already seen, so that a new token computes only its own."""
+
+    def __init__(self, model, batch: int, size: int):
+        c, weight = model.config, model.output_matrix
+        shape = (2, batch, c.n_kv_head, size, c.head_dim)
+        self.length = 0
+        self.memory = {layer.self_attn: weight.new_empty(shape) for layer in model.layers}
+
+    def extend(self, layer, k, v):
+        """Store k, v (B, K, T, D) behind what is there; return all of both (B, K, S, D)."""
+        memory, end = self.memory[layer], self.length + k.shape[2]
+        memory[0, :, :, self.length:end], memory[1, :, :, self.length:end] = k, v
+        return memory[:, :, :, :end]
 
 
 class Attention(nn.Module):
-    """Each place asks (query), each earlier place offers (key) and, as far as they match, tells
+    """Each place asks (query); each place up to it offers (key) and, as far as they match, tells
     (value). H heads ask different questions at the same time."""
 
     def __init__(self, config: GPTConfig):
@@ -157,8 +181,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
-        # Norms on queries and keys bound the scores: no head can saturate its softmax, and higher
-        # learning rates stay stable (arXiv:2302.05442, section 2).
+        # Norms on queries and keys keep scores from growing without limit, which would flatten the
+        # softmax's gradient: higher learning rates stay stable (arXiv:2302.05442, section 2).
         self.q_norm = RMSNorm(D, config.norm_eps)
         self.k_norm = RMSNorm(D, config.norm_eps)
         self.head_dim = D
@@ -235,7 +259,8 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(tokens)                                      # (B, T) -> (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):    # what the layers add is in this type anyway
+        if torch.is_autocast_enabled(x.device.type):
+            # What the layers add is in this type anyway; the sum in it halves the memory traffic.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, cos, sin, cache)
@@ -246,6 +271,7 @@ class GPT(nn.Module):
             return logits
         # At least fp32: a sum over V terms in bf16 would lose the small ones.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # A sum, because a mean over no targets would be 0/0.
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return total / (targets != -100).sum().clamp(min=1)
 
@@ -255,10 +281,10 @@ class GPT(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def init_weights(self):
-        """Normal, with the standard deviation of GPT-2 at its width: 0.02 for 768. It shrinks as
-        1 / sqrt(width), because a logit is a sum over the width and the variances of independent
-        terms add: so the first logits are as small, and the first loss as near to ln V, at any
-        size. The matrices that write into the residual stream get another 1 / sqrt(2 n_layer), as
+        """Normal with standard deviation 0.02 at width 768, GPT-2's; unlike there it shrinks as
+        1 / sqrt(width). A logit is a sum over the width, and the variances of independent terms
+        add: so the first logits are as small, and the first loss as near to ln V, at any size. The
+        matrices that write into the residual stream get another 1 / sqrt(2 n_layer), because
         2 n_layer of them are added up there (GPT-2 paper, section 2.3)."""
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, weight in self.named_parameters():
@@ -274,9 +300,9 @@ class GPT(nn.Module):
         """Forward and backward, floating-point operations, at full block_size.
 
         Each weight of a matrix is one multiply-add forward and two backward: 6 operations. An input
-        embedding is a look-up and costs nothing, but the output matrix does. Attention multiplies
-        T x D by D x T twice a head: 12 H D T more per layer (arXiv:2204.02311, appendix B; like
-        there, the masked half is counted).
+        embedding is a look-up and costs nothing, but the output matrix does. Per head, q k^T and
+        weights @ v are 2 D T operations a token each, three times that with backward: 12 H D T a
+        layer (arXiv:2204.02311, appendix B; like there, the masked half is counted).
         """
         c = self.config
         matrices = sum(w.numel() for w in self.layers.parameters() if w.dim() == 2)
@@ -293,27 +319,31 @@ class GPT(nn.Module):
 
         temperature divides the logits: below 1 safer, above 1 wilder, 0 always the likeliest token.
         top_k keeps the k likeliest tokens, top_p the likeliest that together have probability p.
-        Ends after max_new_tokens, or when every row has produced one of the `stop` ids. The same
-        seed gives the same tokens. What does not fit into block_size is forgotten, oldest first:
-        half of it at a time, so that the rest need not be computed again for each new token.
+        Ends after max_new_tokens, or when every row has produced one of the `stop` ids; rows that
+        have go on until then. The same seed gives the same tokens. When block_size places are full,
+        the older half of them is forgotten, so that the rest need not be computed again for every
+        token. Call eval() before if the model has dropout.
         """
-        if tokens.shape[1] == 0:
+        B, T = tokens.shape
+        if T == 0:
             raise ValueError("generate needs at least one token to go on from")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (
+                top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of "
+                             "range: at least 0, at least 1, above 0 and at most 1")
         random = torch.Generator(tokens.device)
         random.manual_seed(seed) if seed is not None else random.seed()
         stop = torch.tensor(sorted(stop), device=tokens.device, dtype=torch.long)
-        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         block_size = self.config.block_size
-        context, cache = tokens[:, -block_size:], None
+        context = tokens[:, -block_size:]
+        cache = Cache(self, B, min(block_size, T + max_new_tokens))
         for _ in range(max_new_tokens):
-            if cache is None or cache.length == block_size:
-                if cache is not None:
-                    context = context[:, -(block_size // 2 or 1):]
-                cache = Cache(self, len(tokens))
-                logits = self(context, cache=cache)     # prefill: the whole context at once
-            else:
-                logits = self(context[:, -1:], cache=cache)     # decode: only the newest token
-            next_tokens = sample(logits[:, -1].float(), temperature, top_k, top_p, random)
+            if cache.length == block_size:
+                cache.length, context = 0, context[:, -(block_size // 2 or 1):]
+            # What the cache does not hold yet: the whole context at first, then the newest token.
+            logits = self(context[:, cache.length:], cache=cache)[:, -1]        # (B, V)
+            next_tokens = sample(logits.float(), temperature, top_k, top_p, random)
             yield next_tokens
             ended |= torch.isin(next_tokens, stop)
             if ended.all():
@@ -340,7 +370,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=None):
-        """Open what save_pretrained or transformers wrote. Weights stay memory-mapped on a CPU.
+        """Open what save_pretrained or transformers wrote, ready to use (in eval mode). On a CPU
+        the weights stay memory-mapped.
 
         Raises ValueError or OSError, one line, for what is missing, damaged or of another layout.
         """
@@ -348,10 +379,7 @@ class GPT(nn.Module):
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory} holds no config.json; give the directory of a model")
         try:
-            entries = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            fields = read_config(entries)
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise ValueError(f"{directory / 'config.json'} is not a JSON object: {error}") from None
+            fields = read_config(json.loads((directory / "config.json").read_text("utf-8")))
         except ValueError as error:
             raise ValueError(f"{directory / 'config.json'}: {error}") from None
         tensors, _ = read_safetensors(directory / "model.safetensors")
@@ -368,36 +396,21 @@ class GPT(nn.Module):
                                  f"{found.get(name, 'missing')}, config.json asks for "
                                  f"{wanted.get(name, 'none')}")
         model.load_state_dict(tensors, assign=True)
-        return model.to(device=device, dtype=dtype)
-
-
-class Cache:
-    """Keys and values of the places already seen: a new token computes only its own."""
-
-    def __init__(self, model: GPT, batch: int):
-        c, weight = model.config, model.output_matrix
-        shape = (2, batch, c.n_kv_head, c.block_size, c.head_dim)
-        self.length = 0
-        self.memory = {layer.self_attn: weight.new_empty(shape) for layer in model.layers}
-
-    def extend(self, layer, k, v):
-        """Store k, v (B, K, T, D) behind what is there; return all of both (B, K, S, D)."""
-        memory, end = self.memory[layer], self.length + k.shape[2]
-        memory[0, :, :, self.length:end], memory[1, :, :, self.length:end] = k, v
-        return memory[:, :, :, :end]
+        return model.to(device=device, dtype=dtype).eval()
 
 
 def sample(logits, temperature: float, top_k: int | None, top_p: float | None, random):
     """Draw one token per row: logits (B, V) -> ids (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature     # no overflow to +inf
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None:       # the nucleus, arXiv:1904.09751: always holds the likeliest token
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p      # enough came before this one
+        # scatter puts the flags, which are in order of probability, back in the order of the ids.
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=random)[:, 0]
 
@@ -405,8 +418,8 @@ def sample(logits, temperature: float, top_k: int | None, top_p: float | None, r
 # ---------------------------------------------------------------- files: config.json
 
 # Names of our fields in Hugging Face's configuration, and what a Qwen3 has besides them. The second
-# table is written as it is, and on reading refused if it says something else: a model that quietly
-# ignores an entry gives wrong answers.
+# table is written as it is; a file that says something else there is refused, because to ignore it
+# would give wrong answers.
 HF_NAMES = dict(
     vocab_size="vocab_size", max_position_embeddings="block_size", num_hidden_layers="n_layer",
     hidden_size="n_embd", num_attention_heads="n_head", num_key_value_heads="n_kv_head",
@@ -419,23 +432,19 @@ HF_FIXED = dict(
 
 def read_config(entries: dict) -> dict:
     """config.json -> the fields of a GPTConfig. ValueError for what the model can't honour."""
-    entries = dict(entries)
-    # transformers 5 writes the rotary settings as a group of their own.
-    rope = entries.pop("rope_parameters", None) or {}
-    entries = {"rope_theta": rope.get("rope_theta")} | entries if "rope_theta" in rope else entries
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {rope['rope_type']!r}; only 'default' is understood")
-    if "model_type" not in entries:
-        raise ValueError("no model_type; only 'qwen3' is understood")
+    if not isinstance(entries, dict) or "model_type" not in entries:
+        raise ValueError("no model_type in it; only 'qwen3' is understood")
+    rope = entries.get("rope_parameters") or {}     # transformers 5 has a group for these
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters is {rope!r}; only rope_type 'default' is understood")
+    entries = rope | entries
     for name, value in HF_FIXED.items():
         if entries.get(name, value) != value:
             raise ValueError(f"{name} is {entries[name]!r}; only {value!r} is understood")
+    kinds = {"rope_theta": float, "norm_eps": float, "tie_embeddings": bool}
     fields = {}
     for name, field in HF_NAMES.items():
-        if name not in entries and name != "head_dim":
-            raise ValueError(f"no {name}")
-        kind = type(getattr(GPTConfig, field, 0) or 0)     # the defaults tell: int, float or bool
-        value = entries.get(name)
+        kind, value = kinds.get(field, int), entries.get(name)
         if type(value) is int and kind is float:
             value = float(value)
         if type(value) is not kind and not (name == "head_dim" and value is None):
@@ -489,9 +498,9 @@ def write_safetensors(path, tensors: dict, metadata: dict):
 
 
 def read_safetensors(path) -> tuple[dict, dict]:
-    """-> (tensors by name, metadata). The tensors are a private view of the file: nothing is read
-    before it is used, and what is changed in memory does not change the file. ValueError if the
-    file is damaged."""
+    """-> (tensors by name, metadata). The tensors are a private view of the file (copy-on-write):
+    nothing is read before it is used, and what changes in memory does not change the file.
+    ValueError if the file is damaged."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
@@ -505,28 +514,29 @@ def read_safetensors(path) -> tuple[dict, dict]:
         metadata = header.pop("__metadata__", {})
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"]
+            dtype, shape = SAFETENSORS_TYPES.get(entry["dtype"]), entry["shape"]
+            if dtype is None or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"{name} has the type {entry['dtype']} and the shape {shape}")
             # Each tensor begins where the last one ended and is as long as its shape says: no
             # two overlap, no byte is unaccounted for, none lies outside the file.
-            if entry["data_offsets"] != [end, end + math.prod(shape) * dtype.itemsize]:
-                raise ValueError(f"{name} is not where its shape says")
-            if end + math.prod(shape) * dtype.itemsize > size - start:
-                raise ValueError(f"it ends within {name}")
-            tensors[name] = (torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
-                                              offset=start + end).view(shape)
-                             if math.prod(shape) else torch.empty(shape, dtype=dtype))
-            end += tensors[name].nbytes
+            count, begin = math.prod(shape), end
+            end += count * dtype.itemsize
+            if entry["data_offsets"] != [begin, end] or end > size - start:
+                raise ValueError(f"{name} is not where its shape says, or the file ends before it")
+            tensors[name] = torch.empty(shape, dtype=dtype) if count == 0 else torch.frombuffer(
+                data, dtype=dtype, count=count, offset=start + begin).view(shape)
         if end != size - start:
             raise ValueError(f"{size - start - end} bytes belong to no tensor")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is damaged, or of an unknown kind: {error}") from None
     return tensors, metadata
 
 
 # ---------------------------------------------------------------- what training needs
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, or the best one here. Raises ValueError if it can't be used."""
+    """The device asked for, or the best one here; sets up its memory (see keep_freed_memory).
+    Raises ValueError if it can't be used."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
             "cpu": True}
     name = name or next(kind for kind, works in here.items() if works)
@@ -553,30 +563,29 @@ def keep_freed_memory():
         mallopt(option, value)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
-    """The type to multiply in: "fp32", "bf16", "fp16", or the best one. Weights stay in fp32.
+    """The type to multiply in: that of a name in DTYPES, or the best one. Weights stay in fp32.
 
     bf16 has the range of fp32 with 8 bits of precision: enough for products, and twice to ten times
     as fast where the hardware has it. fp16 has more precision and far less range, so that small
     gradients vanish unless the loss is scaled up first (train.py does it); it is for old GPUs.
     """
     if name:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        return DTYPES[name]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
-        return torch.float32
-
-    def seconds(dtype):     # a CPU without bf16 units emulates them, slowly: measuring tells
-        a, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
-    faster = seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-    return torch.bfloat16 if faster else torch.float32
+        return torch.float32        # the only one that every Mac with a GPU multiplies well
+    # A CPU without bf16 units emulates them, slowly, and does not say so: measuring tells.
+    seconds = {}
+    for dtype in torch.float32, torch.bfloat16:
+        a = torch.ones(512, 512, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda: a @ a, number=1, repeat=9))
+    return min(seconds, key=seconds.get)
 
 
 def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
@@ -591,31 +600,30 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
     gradient equally strong, so that rare ones are learned as fast as common ones. Its update is
     scaled to the size of AdamW's (there, section 2.2), so that one --lr serves both.
     """
-    weights = [w for w in model.parameters() if w.requires_grad]
-    matrices = [w for w in weights if w.dim() == 2]
-    optimizers = []
+    hidden = []
     if name == "muon":
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
-        hidden = [w for w in model.layers.parameters() if w.requires_grad and w.dim() == 2]
-        optimizers = [torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay,
-                                       adjust_lr_fn="match_rms_adamw")]
-        matrices = [w for w in matrices if all(w is not h for h in hidden)]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0}]
-    return optimizers + [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+        hidden = [w for w in model.layers.parameters() if w.dim() == 2]
+    rest = [w for w in model.parameters() if all(w is not h for h in hidden)]
+    groups = [{"params": [w for w in rest if w.dim() == 2], "weight_decay": weight_decay},
+              {"params": [w for w in rest if w.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return [adamw] if not hidden else [adamw, torch.optim.Muon(
+        hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
     """Linear warm-up to `peak`, then half a cosine down to 0, in `max_steps` steps altogether.
 
     Warm-up, because AdamW's first averages rest on few gradients; decay, because near the end small
-    steps average out the noise of the batches, all the way down (arXiv:2502.15938, section 4).
+    steps average out the noise of the batches; down to 0 and not to a tenth, as many do, after
+    arXiv:2502.15938 (which prefers a straight line).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def accumulate_gradients(forward, tokens, targets, micro_batch: int, device, autocast,

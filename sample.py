@@ -12,7 +12,7 @@ DIR is anything that GPT.from_pretrained in gpt.py opens, with its tokenizer.jso
 text goes to standard output, so that it can be piped; speed and warnings go to standard error.
 
 This is the one script besides bpe.py that sees text. The way of a prompt: text -> ids (bpe.py) ->
-a probability for every token (gpt.py) -> one of them, drawn -> text, and around again.
+a probability for every token (gpt.py) -> one of them, drawn -> text; then the next token.
 """
 import argparse
 import sys
@@ -31,22 +31,22 @@ def wrong_flag(message: str):
 
 
 def read_flags(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Let a model go on with a text.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Let a model go on with a text.")
     parser.error = wrong_flag
     add = parser.add_argument
     add("model", nargs="?", metavar="DIR", help="the model; default: the run in out/ saved last")
     add("--prompt", default="", metavar="TEXT", help="what to go on from; nothing: a new document")
-    add("--num_samples", type=int, default=1, help="how many continuations")
-    add("--max_new_tokens", type=int, default=200, help="length of each, at most")
+    add("--num_samples", type=int, default=1, help="how many continuations (%(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="length of each, at most (%(default)s)")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token; higher: more"
-        " surprising, from about 1.5 on nonsense")
+        " surprising, above about 1.5 nonsense (%(default)s)")
     add("--top_k", type=int, help="draw among the k likeliest tokens; lower is safer")
     add("--top_p", type=float, help="draw among the likeliest that together have this probability;"
         " lower is safer")
     add("--seed", type=int, help="the same seed gives the same text; default: a new one each time")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the fastest one here")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="to compute in")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
+        help="to compute in (%(default)s)")
     args = parser.parse_args(argv)
     for name, value, fine, rule in (
             ("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
@@ -73,24 +73,26 @@ def speak(argv=None):
     args = read_flags(argv)
     directory = Path(args.model) if args.model else newest_model(Path("out"))
     device = pick_device(args.device)
-    model = GPT.from_pretrained(directory, device, pick_dtype(device, args.dtype)).eval()
+    model = GPT.from_pretrained(directory, device, pick_dtype(device, args.dtype))
     if not (directory / "tokenizer.json").exists():
         raise ValueError(f"{directory} holds no tokenizer.json: its model knows only numbers")
     tokenizer = Tokenizer.load(directory)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model only "
                          f"{model.config.vocab_size}; they don't belong together")
-    end = tokenizer.special_tokens.get("<|endoftext|>")
+    end = tokenizer.special_tokens.get(tokenizer.divider)   # <|endoftext|> by most names
 
     prompt = tokenizer.encode(args.prompt)
     if not prompt:
         if end is None:
-            raise ValueError("this tokenizer has no <|endoftext|> to begin with: give a --prompt")
+            raise ValueError("this tokenizer has no token to begin a text with: give a --prompt")
         prompt = [end]      # in training, every document began after one
     if len(prompt) > model.config.block_size:
         print(f"the prompt has {len(prompt)} tokens; the model sees the last "
               f"{model.config.block_size}", file=sys.stderr)
     tokens = torch.tensor([prompt], device=device)
+    # Not every terminal and pipe can write every character; that is no reason to stop.
+    sys.stdout.reconfigure(errors="replace")
 
     count, start = 0, time.perf_counter()
     for i in range(args.num_samples):

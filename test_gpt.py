@@ -75,8 +75,9 @@ def test_rotated_queries_and_keys_know_only_their_distance():
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
 
 
-@pytest.mark.parametrize("T, S, dtype", [(5, 5, torch.float32), (1, 5, torch.float32),
-                                         (3, 5, torch.float32), (5, 5, torch.bfloat16)])
+@pytest.mark.parametrize("T, S, dtype", [
+    (5, 5, torch.float32), (1, 5, torch.float32), (3, 5, torch.float32), (1, 1, torch.float32),
+    (5, 5, torch.bfloat16), (3, 5, torch.bfloat16)])
 def test_attention_equals_a_loop_over_heads_and_places(T, S, dtype):
     random = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, T, 6, generator=random).to(dtype).requires_grad_()
@@ -220,7 +221,8 @@ def test_sampling_draws_from_the_distribution_it_says():
                           (dict(top_k=9), p),
                           (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
                           (dict(top_p=0.01), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(temperature=0), torch.tensor([1.0, 0, 0, 0, 0]))):
+                          (dict(temperature=0), torch.tensor([1.0, 0, 0, 0, 0])),
+                          (dict(temperature=1e-40), torch.tensor([1.0, 0, 0, 0, 0]))):
         assert torch.allclose(shares(**how), expected, atol=0.0145), how
         assert ((shares(**how) > 0) <= (expected > 0)).all(), how
 
@@ -234,8 +236,11 @@ def test_seed_and_stop():
     drawn = [step.item() for step in model.generate(row, 40, seed=3)]
     stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
     assert stopped == drawn[:drawn.index(drawn[10]) + 1]
+    for wrong in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1):
+        with pytest.raises(ValueError):
+            next(model.generate(row, 1, **wrong))
     with pytest.raises(ValueError):
-        next(model.generate(tokens[:, :0], 1))
+        next(model.generate(row[:, :0], 1))
 
 
 # ---------------------------------------------------------------- gpt.py: files
@@ -288,6 +293,7 @@ def test_safetensors_are_those_of_the_library(tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda b: b[:5], lambda b: b[:100], lambda b: b[:-3], lambda b: b + b"more",
     lambda b: b"\xff" * 8 + b[8:], lambda b: b.replace(b"[0, 8]", b"[4, 8]"),
+    lambda b: b.replace(b"[2]", b"[-2]"), lambda b: b.replace(b"[3, 4]", b"[-3, -4]"),
     lambda b: b.replace(b'"F32"', b'"E32"'), lambda b: b.replace(b"[2]", b"[9]"),
     lambda b: b.replace(b"[2]", b'"2"'), lambda b: b.replace(b'"shape"', b'"shade"'),
     lambda b: b.replace(b"{", b"[", 1)])
@@ -306,7 +312,8 @@ def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
     ("model_type", "gemma3"), ("hidden_act", "gelu"), ("attention_bias", True),
     ("rope_scaling", {"rope_type": "yarn"}), ("rope_parameters", {"rope_type": "llama3"}),
     ("use_sliding_window", True), ("num_hidden_layers", None), ("num_hidden_layers", 3),
-    ("hidden_size", 42), ("vocab_size", "61"), ("num_attention_heads", "many")])
+    ("hidden_size", 42), ("vocab_size", "61"), ("num_attention_heads", "many"),
+    ("rope_parameters", 3), ("rope_theta", None)])
 def test_another_layout_is_refused_by_name(tmp_path, name, value):
     tiny().save_pretrained(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text()) | {name: value}
@@ -314,6 +321,15 @@ def test_another_layout_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError) as refusal:
         GPT.from_pretrained(tmp_path)
     assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"{", b"\xff\xff", b"{}"])
+def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, content):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        GPT.from_pretrained(tmp_path)
+    assert "config.json" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -375,10 +391,10 @@ def test_evaluation_predicts_every_token_once():
         begin = (place - 1) // T * T
         logits = model(torch.tensor(tokens[None, begin:place]))[0, -1]
         losses.append(F.cross_entropy(logits, torch.tensor(tokens[place])).item())
-    result = train.evaluate(model, tokens, T, "cpu", fp32, at_most=75)
+    result = train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=75)
     assert result["val_tokens"] == 74
     assert result["val_loss"] == pytest.approx(sum(losses) / 74, rel=1e-5)
-    some = train.evaluate(model, tokens, T, "cpu", fp32, at_most=24)
+    some = train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=24)
     assert 16 <= some["val_tokens"] <= 24
 
 
@@ -451,8 +467,31 @@ def test_a_run_learns_says_what_it_does_and_speaks(unbroken, place, text):
     xml.dom.minidom.parseString(picture)
 
 
+def test_a_run_that_explodes_skips_the_steps_says_so_and_stops(unbroken, place, text, tmp_path):
+    # Steps of 1e30 make every logit infinite: what the first one leaves behind can't be repaired.
+    said = finish(place, "--data", text, "--out", tmp_path / "run", "--max_steps", 60, *SMALL,
+                  "--lr", "1e30", code=2)
+    assert said.count("not finite") == 20 and "try a lower --lr" in said
+    rows = [json.loads(line, parse_constant=pytest.fail)        # JSON has no NaN
+            for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] > 0 and rows[-1]["grad_norm"] is None
+
+
+def test_a_smaller_micro_batch_may_go_on_where_memory_ran_out(unbroken, place, text, tmp_path):
+    out = tmp_path / "with a space"
+    finish(place, "--data", text, "--out", out, *SMALL, "--max_steps", 4, "--dropout", 0)
+    finish(place, "--resume", "--out", out, "--max_steps", 8, "--micro_batch", 1)
+    assert [row[0] for row in losses(out)] == list(range(1, 9))
+
+
 def test_nothing_is_encoded_twice_and_nothing_stale_is_used(unbroken, place, text, tmp_path):
     short = ["--max_steps", 2, *SMALL]
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text(text.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    b.write_text(text.read_text(encoding="utf-8")[20_000:40_000], encoding="utf-8")
+    finish(place, "--data", a, b, "--val_data", text, *short)
+    # the same files, but b held out and not trained on
+    assert "$ python bpe.py" in finish(place, "--data", a, "--val_data", b, text, *short)
     assert "$ python bpe.py" not in finish(place, "--data", text, *short, "--lr", 0.01)
     assert "$ python bpe.py" in finish(place, "--data", text, *short, "--vocab_size", 301)
     changed = tmp_path / "manual.txt"
@@ -551,6 +590,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     (tmp_path / "short.txt").write_text("Too short for a row of tokens, as anyone can see.")
     np.save(tmp_path / "floats.npy", np.zeros(9))
     np.save(tmp_path / "few.npy", np.zeros(9, np.uint16))
+    np.save(tmp_path / "negative.npy", np.full(9999, -1))
     np.save(tmp_path / "enough.npy", np.zeros(9999, np.uint16))
     (tmp_path / "no.npy").write_text("not an array")
     (tmp_path / "file").write_text("not a folder")
@@ -572,6 +612,11 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
             ("--data text --n_head x", "--n_head"),
             ("--fly", "--fly"),
             ("--data text --batch_tokens 100", "--batch_tokens 100"),
+            ("--data text --micro_batch 3", "--micro_batch 3"),
+            ("--data text --block_size 0", "--block_size"),
+            ("--val_data text", "--val_data"),
+            ("--data negative.npy", "negative"),
+            ("--data text --lr 0", "--lr"),
             ("--max_steps 0", "--max_steps"),
             ("--data floats.npy", "float64"),
             ("--data no.npy", "no.npy"),
@@ -1296,6 +1341,15 @@ def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tokenizer,
     _, message = process.communicate(timeout=30)
     assert process.returncode == 130 and message.strip().count("\n") == 0, message
     assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+def test_tiktoken_takes_a_chunk_that_is_a_token_whole(tokenizer, tmp_path):
+    """Even one that no merges lead to: none of its two halves is a token."""
+    path = tmp_path / "ranks.tiktoken"
+    n = len(write_ranks(tokenizer, path))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{base64.b64encode(b'xqzjvk').decode()} {n}\n")
+    assert bpe.Tokenizer.load(path, "gpt2").encode("xqzjvk") == [n]
 
 # ---------------------------------------------------------------- the benchmark
 
