@@ -60,11 +60,12 @@ BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 
 def spell(token: bytes) -> str:
-    """b" caf\\xc3\\xa9" -> "Ġcafé": the bytes 0xC3 0xA9 of é are written Ã and ©."""
+    """b" caf\\xc3\\xa9" -> "ĠcafÃ©": a blank is written Ġ, and the two bytes of é as Ã and ©."""
     return token.decode("latin-1").translate(CHAR_OF_BYTE)
 
 
 def unspell(spelling: str) -> bytes:
+    """"ĠcafÃ©" -> b" caf\\xc3\\xa9": the way back."""
     return spelling.translate(BYTE_OF_CHAR).encode("latin-1")
 
 
@@ -186,6 +187,7 @@ def pieces(text: str):
 
 
 def count_chunks(texts, pattern: str) -> Counter:
+    """["to be, to"] -> {"to": 1, " be": 1, ",": 1, " to": 1}"""
     counts = Counter()
     for text in texts:
         for piece in pieces(text):
@@ -325,19 +327,22 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 DIVIDERS = ("<|endoftext|>", "<|begin_of_text|>")            # one stands before each document
+NO_MERGE = 1 << 56                                           # a rank after all others
 
 
 class Tokenizer:
     """Made by Tokenizer.train() or Tokenizer.load()."""
 
-    def __init__(self, vocab, ranks, made, special_tokens, pattern, whole_first=False, nfc=False):
+    def __init__(self, vocab, ranks, made, special_tokens, pattern, whole_first=False, nfc=False,
+                 plain=()):
         self.vocab = vocab                    # list: id -> bytes, None where there is no such id
         self.ranks = ranks                    # dict: (id, id) -> rank of their merge
         self.made = made                      # rank -> id of the token it makes
         self.special_tokens = special_tokens  # dict: name -> id
         self.pattern = pattern                # how text is split: a regular expression
         self.whole_first = whole_first        # a chunk that is a token needs no merges (tiktoken)
-        self.nfc = nfc                        # compose e + ´ to é first (Qwen; by Python's tables)
+        self.nfc = nfc                        # compose e + ´ to é first (Qwen)
+        self.plain = plain                    # those of special_tokens whose file calls them plain
         special_ids = set(special_tokens.values())           # text never leads to one of these
         self.id_of = {token: i for i, token in enumerate(vocab)
                       if token is not None and i not in special_ids}
@@ -376,8 +381,12 @@ class Tokenizer:
         return cls(vocab, {pair: i for i, pair in enumerate(merges)}, made, special, pattern)
 
     def encode(self, text: str, allowed_special=()) -> list[int]:
-        """Adds nothing. Text is only text, "<|endoftext|>" 13 characters, but where allowed_special
-        names it (or is "all"): there it is that one token."""
+        """"To be" -> [2514, 307] with GPT-2's vocabulary. Nothing is added to it.
+
+        Text is only text, "<|endoftext|>" 13 characters, unless allowed_special names it (or is
+        "all"): then it is that one token. So with plain added tokens, too, like Qwen 3's <think>,
+        which `tokenizers` finds in any text.
+        """
         names = self.special_tokens if allowed_special == "all" else allowed_special
         for name in names:
             if name not in self.special_tokens:
@@ -394,6 +403,9 @@ class Tokenizer:
         """encode() for much text: an array of self.dtype, no special tokens. Of 20 chunks, 19 have
         been seen before, and each of those costs one look into a dictionary."""
         if self.nfc:
+            # With the Unicode of this Python. tokenizers has Unicode 9 here: marks from later than
+            # 2016 are not put in order with others beside them (U+0301 U+0899), and U+11935 U+11930
+            # is not composed. Only texts with such a sequence get other ids.
             text = unicodedata.normalize("NFC", text)
         joined = []
         for piece in pieces(text):
@@ -406,6 +418,7 @@ class Tokenizer:
         return np.frombuffer(b"".join(joined), self.dtype)
 
     def fill_cache(self, chunks: set[str]):
+        """Encode those which are not there yet: many at once if many are about as long."""
         if self.cached > 1 << 28:                            # about 256 MB: start over
             self.cache, self.cached = {}, 0
         groups = defaultdict(list)                           # length up to 2, 4, 8, ... -> chunks
@@ -459,45 +472,54 @@ class Tokenizer:
         order = np.argsort(pairs)
         return pairs[order], np.append(np.fromiter(self.ranks.values(), np.int64), -1)[order]
 
+    def rank(self, a, b):
+        """Arrays of ids -> the ranks of their merges, NO_MERGE where they have none."""
+        pairs, ranks = self.rank_table
+        pair = a << 32 | b
+        at = np.searchsorted(pairs, pair)
+        return np.where(pairs[at] == pair, ranks[at], NO_MERGE)
+
+    @functools.cached_property
+    def byte_ranks(self):
+        """rank() of any two bytes, to be looked up: the first round asks nothing else."""
+        ids = np.array([*self.byte_ids[:0xFF], len(self)])           # 0xFF: an empty place
+        return self.rank(ids[:, None], ids)
+
     def merge_side_by_side(self, words: list[bytes], length: int) -> list[bytes]:
         """merge() for thousands of words: in every round numpy does one merge in each of them.
 
         The words are the columns of a table of length + 1 rows, kept as a flat array: below place i
         lies i + n. The last row stays empty and closes each column to a ring, as in merge().
         """
-        n, nothing, empty = len(words), 1 << 62, len(self.vocab)
+        n, empty = len(words), len(self)
         text = np.frombuffer(b"".join(word.ljust(length + 1, b"\xff") for word in words), np.uint8)
         text = text.reshape(n, length + 1).T.ravel()
-        tokens = np.where(text == 0xFF, empty, np.array(self.byte_ids)[text])
+        tokens = np.array([*self.byte_ids[:0xFF], empty])[text]
         places = np.arange(len(tokens))
         after, before = (places + n) % len(tokens), (places - n) % len(tokens)
-        pairs, ranks = self.rank_table
         made = np.array(self.made, np.int64)
-
-        def score(left):                                     # the lowest merges first: the rank,
-            pair = tokens[left] << 32 | tokens[after[left]]  # of equal ranks the upper row
-            at = np.searchsorted(pairs, pair)
-            return np.where(pairs[at] == pair, ranks[at] << 6 | left // n, nothing)
-
-        scores = score(places)
+        # A score: the rank of the pair that begins here, of equal ranks the upper row is lower.
+        scores = self.byte_ranks[text, np.roll(text, -n)] << 6 | places // n
         while True:
             best = scores.reshape(length + 1, n).min(axis=0)
-            column = np.flatnonzero(best < nothing)
+            column = np.flatnonzero(best < NO_MERGE << 6)
             if not len(column):
                 break
             best = best[column]
             i = (best & 63) * n + column
             j = after[i]
-            tokens[i], tokens[j], scores[j] = made[best >> 6], empty, nothing
+            tokens[i], tokens[j], scores[j] = made[best >> 6], empty, NO_MERGE << 6
             after[i] = after[j]
             before[after[i]] = i
-            scores[i], scores[before[i]] = score(i), score(before[i])
+            for left in (before[i], i):
+                scores[left] = self.rank(tokens[left], tokens[after[left]]) << 6 | left // n
         tokens = tokens.reshape(length + 1, n).T
         ids = tokens[tokens < empty].astype(self.dtype).tobytes()
         ends = np.cumsum((tokens < empty).sum(axis=1)) * self.dtype.itemsize
         return [ids[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
     def decode_bytes(self, ids) -> bytes:
+        """Exactly the bytes that were encoded, valid UTF-8 or not."""
         ids = list(ids)
         for i in ids:
             if not 0 <= i < len(self) or self.vocab[i] is None:
@@ -544,10 +566,10 @@ class Tokenizer:
                  "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": False}
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         write_json(os.path.join(directory, "tokenizer.json"), {
             "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
-            "added_tokens": [{"id": i, "content": name, "special": True} | plain
+            "added_tokens": [{"id": i, "content": name, "special": name not in self.plain} | flags
                              for name, i in self.special_tokens.items()],
             "normalizer": {"type": "NFC"} if self.nfc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
@@ -572,6 +594,7 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------- load and save
 
 def tokenizer_file(path):
+    """"out/tokenizer" -> "out/tokenizer/tokenizer.json"; a file is itself."""
     return os.path.join(path, "tokenizer.json") if os.path.isdir(path) else os.fspath(path)
 
 
@@ -604,6 +627,7 @@ def read_ranks(lines, special_tokens):
 
 
 def read_tokenizer_json(text):
+    """-> the arguments of Tokenizer(); a ValueError names what is there but not done here."""
     def insist(place, part, **allowed):
         for key, values in allowed.items():
             if part.get(key) not in values:
@@ -632,11 +656,13 @@ def read_tokenizer_json(text):
     else:
         raise ValueError(f"pre_tokenizer: {json.dumps(pre)[:200]} is not supported here")
 
-    special = {}
+    special, plain = {}, set()
     for added in content.get("added_tokens") or []:
         insist(f"added token {added['content']!r}", added, lstrip=[None, False],
                rstrip=[None, False], single_word=[None, False])
         special[added["content"]] = added["id"]
+        if not added.get("special", True):                   # as Qwen 3 says of <think>
+            plain.add(added["content"])
     ids = model["vocab"] | special
     vocab = [None] * (1 + max(ids.values()))
     for spelling, i in ids.items():
@@ -654,7 +680,7 @@ def read_tokenizer_json(text):
         ranks[ids[a], ids[b]] = rank
         made.append(ids[a + b])
     return (vocab, ranks, made, special, pattern,
-            model.get("ignore_merges", False), content.get("normalizer") is not None)
+            model.get("ignore_merges", False), content.get("normalizer") is not None, plain)
 
 
 @contextlib.contextmanager
@@ -676,6 +702,7 @@ def whole_file(path):
 
 
 def write_json(path, content):
+    """Indented, so that people can read it."""
     with whole_file(path) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
 
@@ -824,6 +851,7 @@ def read_slice(path, begin, end, document):
 
 
 def texts_of(value) -> list[str]:
+    """All text in a row of read_slice(), be it a text or conversations."""
     if isinstance(value, str):
         return [value]
     return [text for messages, _ in value for message in messages
@@ -831,12 +859,13 @@ def texts_of(value) -> list[str]:
 
 
 def count_slice(piece, pattern):
+    """The work of one process for train: a slice -> the counts of its chunks."""
     rows = read_slice(*piece)
     return count_chunks((text for _, value in rows for text in texts_of(value)), pattern)
 
 
 def encode_slice(piece, tokenizer):
-    """-> bytes of text, documents begun, what kinds of rows, ids, (mask, lengths) of the chats"""
+    """... for encode: -> bytes of text, documents begun, kinds of rows, ids, (mask, lengths)"""
     n_bytes, documents, kinds, ids, mask, lengths = 0, 0, set(), [[]], [], []
     for begins, value in read_slice(*piece):
         n_bytes += sum(len(text.encode("utf-8", "replace")) for text in texts_of(value))
@@ -865,6 +894,7 @@ def share(value):
 
 
 def call(function, piece):
+    """What a process is asked to do: the work on one slice, with what it was sent at first."""
     return function(piece, shared)
 
 
@@ -900,6 +930,7 @@ def parallel(function, names, part, value, verb):
 # ----------------------------------------------------------------------------------- command line
 
 def train_command(args):
+    """Count the chunks of all files, learn from the counts, write the tokenizer."""
     counts = Counter()
     for some in parallel(count_slice, args.files, args.part, PATTERNS[args.pattern], "counted"):
         counts.update(some)
@@ -978,6 +1009,7 @@ def show_command(args):
 
 
 def paint(tokenizer, ids, colours):
+    """Print the tokens, each with its ANSI colour as background or text."""
     for i, colour in zip(ids, colours):
         text = tokenizer.vocab[i].decode("utf-8", errors="backslashreplace")
         print(f"\033[{colour}m" + text.replace("\n", "↵\033[0m\n") + "\033[0m", end="")
@@ -985,6 +1017,7 @@ def paint(tokenizer, ids, colours):
 
 
 def fractions(text):
+    """"0:0.9" -> (0.0, 0.9)"""
     low, high = map(float, text.split(":"))
     if not 0 <= low < high <= 1:
         raise ValueError

@@ -9,7 +9,7 @@
     logits = model(tokens)                                  # (B, T) ids -> (B, T, V) scores
     loss = model(tokens, targets)                           # nats per target token
     for step in model.generate(tokens, 100): ...            # (B,) ids, as they are made
-    model.save_pretrained("out/mine")                       # opens in transformers, vLLM, llama.cpp
+    model.save_pretrained("out/mine")                       # opens in transformers, too
     model = GPT.from_pretrained("out/mine")
 
 A language model gives, for each place in a text, a probability to every token that could come next.
@@ -281,17 +281,21 @@ class GPT(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def init_weights(self):
-        """Normal with standard deviation 0.02 at width 768, GPT-2's; unlike there it shrinks as
-        1 / sqrt(width). A logit is a sum over the width, and the variances of independent terms
-        add: so the first logits are as small, and the first loss as near to ln V, at any size. The
-        matrices that write into the residual stream get another 1 / sqrt(2 n_layer), because
-        2 n_layer of them are added up there (GPT-2 paper, section 2.3)."""
-        std = 0.02 * math.sqrt(768 / self.config.n_embd)
+        """Normal with standard deviation 0.02, GPT-2's, but for two kinds of matrices.
+
+        A logit is a sum over the width, and the variances of independent terms add: so the ones
+        that make logits shrink as 1 / sqrt(width), from 0.02 at GPT-2's width of 768. Then the
+        first loss is equally near to ln V at any size. The ones that write into the residual
+        stream get another 1 / sqrt(2 n_layer), because 2 n_layer of them are added up there (GPT-2
+        paper, section 2.3)."""
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(
-                    weight, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
+                std = 0.02
+                if name.startswith(("embed_tokens", "lm_head")):
+                    std *= math.sqrt(768 / self.config.n_embd)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(weight, std=std)
 
     def count_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())

@@ -972,6 +972,11 @@ def test_learning_depends_on_the_text_alone(tmp_path):
 
 # ---------------------------------------------------------------------------- splitting and encoding
 
+def test_bytes_are_spelled_as_in_gpt2():
+    assert bpe.spell(" café".encode()) == "ĠcafÃ©" and bpe.unspell("ĠcafÃ©") == " café".encode()
+    assert bpe.unspell(bpe.spell(bytes(range(256)))) == bytes(range(256))
+
+
 @pytest.mark.parametrize("name", bpe.PATTERNS)
 def test_every_pattern_splits_as_in_tokenizers(name):
     tokenizers = pytest.importorskip("tokenizers")
@@ -1066,6 +1071,23 @@ def test_qwens_smollms_and_llamas_files_are_read(tokenizer, saved):
         for text in [*fuzz(3000, seed=5), "<think>cafe\u0301 123</think>"]:
             if not ours.nfc or all(ord(c) < 0x500 for c in text):    # beyond, NFC tables may differ
                 assert ours.encode(text, "all") == peer.encode(text).ids, text
+
+
+def test_an_added_token_stays_special_or_plain(tokenizer, saved, tmp_path):
+    """And whichever it is, text becomes it only where that is allowed by name."""
+    def add_think(content):
+        plain = content["added_tokens"][0] | {"content": "<think>", "id": len(tokenizer)}
+        content["added_tokens"].append(plain | {"special": False})
+
+    think = len(tokenizer)
+    ours = bpe.Tokenizer.load(damage(saved, tmp_path, add_think))
+    ours.save(tmp_path)
+    again = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    assert {token["content"]: token["special"] for token in again} == (
+        dict.fromkeys(SPECIAL, True) | {"<think>": False})
+    assert think not in ours.encode("<think>") and ours.decode([think]) == "<think>"
+    assert think not in ours.encode("<think>", ["<|im_end|>"])
+    assert ours.encode("<think>", ["<think>"]) == ours.encode("<think>", "all") == [think]
 
 
 def test_text_is_only_text_unless_allowed(tokenizer):
@@ -1204,6 +1226,27 @@ def test_a_file_becomes_the_ids_of_its_documents(saved, tokenizer, tmp_path):
     assert np.load(out).tolist() == [expected[0], *tokenizer.encode(text)]
 
 
+def test_an_old_sidecar_is_never_believed_of_a_new_file(saved, tmp_path, monkeypatch):
+    """Whoever is stopped after the ids and before their .json finds no .json, not that of before."""
+    (tmp_path / "a.txt").write_text("one two", encoding="utf-8")
+    arguments = ["bpe.py", "encode", tmp_path / "a.txt", "--tokenizer", saved, "--out",
+                 tmp_path / "a.npy"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    bpe.main()
+    assert (tmp_path / "a.json").exists()
+
+    def stopped(path, content):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.txt").write_text("three four five", encoding="utf-8")
+    before = np.load(tmp_path / "a.npy")
+    monkeypatch.setattr(bpe, "write_json", stopped)
+    with pytest.raises(SystemExit):
+        bpe.main()
+    assert len(np.load(tmp_path / "a.npy")) != len(before)  # the new ids are there
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_nine_tenths_of_ascii_are_its_first_nine_tenths(saved, tokenizer, tmp_path):
     text = TEXT.encode("ascii", "ignore").decode()
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
@@ -1334,7 +1377,9 @@ def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tokenizer,
     assert full.returncode == 2 and "x.npy" in full.stderr and "Traceback" not in full.stderr
     command = [sys.executable, str(HERE / "bpe.py"), "encode", str(tmp_path / "big.txt"),
                "--tokenizer", str(saved), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True,
+                               # a shell's background job would pass on that it ignores Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not any(path.stat().st_size > 1000 for path in tmp_path.glob("*.part")):
         time.sleep(0.01)                                     # until all processes are at work
     os.killpg(process.pid, signal.SIGINT)                    # as the terminal does: to all of them
