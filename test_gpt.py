@@ -254,8 +254,8 @@ def test_transformers_opens_what_we_save_and_we_open_what_it_saves(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
     assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
-    greedy = theirs.generate(tokens[:1, :8], max_new_tokens=64, do_sample=False, eos_token_id=None,
-                             pad_token_id=0)
+    greedy = theirs.generate(tokens[:1, :8], attention_mask=torch.ones(1, 8), max_new_tokens=64,
+                             do_sample=False, eos_token_id=None, pad_token_id=0)
     ours = [step.item() for step in model.generate(tokens[:1, :8], 64, temperature=0)]
     assert greedy[0, 8:].tolist() == ours
 
