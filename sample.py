@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from gpt import GPT, pick_device, pick_dtype
+from gpt import DTYPES, GPT, pick_device, pick_dtype
 
 
 def wrong_flag(message: str):
@@ -45,8 +45,7 @@ def read_flags(argv) -> argparse.Namespace:
         " lower is safer")
     add("--seed", type=int, help="the same seed gives the same text; default: a new one each time")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the fastest one here")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
-        help="to compute in (%(default)s)")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="to compute in (%(default)s)")
     args = parser.parse_args(argv)
     for name, value, fine, rule in (
             ("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),

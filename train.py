@@ -178,7 +178,7 @@ def run(script: str, *arguments):
 
 
 def data_name(args) -> str:
-    return Path(args.data[0]).resolve().stem if args.data else "shakespeare"
+    return Path(args.data[0]).stem if args.data else "shakespeare"
 
 
 def token_files(args) -> tuple[Path, Path | None]:
