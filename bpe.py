@@ -20,9 +20,8 @@ Words: a *chunk* is a piece of text, about a word, across whose edges nothing is
 is a string of bytes with a number, its *id*; a *merge* glues two tokens into a third, and its
 *rank* says how early it was learned (lower goes first). Left out on purpose: tokenizers that are
 not byte-level BPE. What a file asks for and is not done here is refused by name.
-Reading order: bytes, splitting, learning, encoding and decoding, load and save, chats, files,
-command line. Sources: Sennrich et al. 2016, arxiv.org/abs/1508.07909 (BPE on words); Radford et al.
-2019, github.com/openai/gpt-2 (bytes, splitting); github.com/openai/tiktoken (patterns, rank files);
+Sources: Sennrich et al. 2016, arxiv.org/abs/1508.07909 (BPE on words); Radford et al. 2019,
+github.com/openai/gpt-2 (bytes, splitting); github.com/openai/tiktoken (patterns, rank files);
 github.com/huggingface/tokenizers (tokenizer.json, the order of equally frequent pairs).
 """
 
@@ -100,72 +99,68 @@ PATTERNS = {
 
 
 @functools.cache
-def unicode_classes() -> dict[str, tuple[str, str]]:
-    r"""Python's re has no \p{L}, so list the letters: {"L": (below U+10000, above), ...}
+def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
+    r"""Python's re has no \p{L}, so list the letters, up to U+FFFF: {"L": "A-Za-zªµº...", ...}
 
-    They are those of this Python's Unicode; the libraries in Rust have Unicode 16. A character that
-    is newer than either may be split otherwise, any other is not. White space is spelled out too:
-    Python's \s has U+001C to U+001F, which no one else's has.
+    re finds those in a table, but would compare a character above with hundreds of ranges one by
+    one. So each of these gets a stand-in, the last one of its category up to U+FFFF: {"Lu": "Ｚ"}.
+    The classes are those of this Python's Unicode; the libraries in Rust have Unicode 16. A
+    character that is newer than either may be split otherwise, any other is not. White space is
+    spelled out, because Python's \s has U+001C to U+001F, which no one else's has.
     """
-    ranges = defaultdict(list, s=[(9, 13), (32, 32), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680),
-                                  (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
-                                  (0x205F, 0x205F), (0x3000, 0x3000)])
-    for code in (*range(0x40000), *range(0xE0000, 0xE1000)):     # the other planes have no letters
+    members = defaultdict(set)
+    for code in range(0x10000):
         category = unicodedata.category(chr(code))               # "Lu": letter, upper case
-        for runs in (ranges[category], ranges[category[0]]):
-            if runs and runs[-1][1] == code - 1:
-                runs[-1][1] = code
-            else:
-                runs.append([code, code])
-    classes = {}
-    for name, runs in ranges.items():
-        low, high = ("".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in runs
-                             if (first > 0xFFFF) == above) for above in (False, True))
-        classes[name] = low, high
-    return classes
+        members[category].add(code)
+        members[category[0]].add(code)
+    classes = {"s": "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"}
+    for name, codes in members.items():
+        firsts = sorted(code for code in codes if code - 1 not in codes)
+        lasts = sorted(code for code in codes if code + 1 not in codes)
+        classes[name] = "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}"
+                                for first, last in zip(firsts, lasts))
+    return classes, {name: chr(max(codes)) for name, codes in members.items()}
 
 
 @functools.cache
-def compile_pattern(pattern: str, high: bool) -> re.Pattern:
-    r"""The pattern with \p{..} and \s written as ranges; high: the text has characters >= U+10000.
+def compile_pattern(pattern: str) -> re.Pattern:
+    r"""The pattern with \p{..} and \s written as ranges."""
+    classes, _ = unicode_classes()
 
-    re finds a character below U+10000 in a table, but compares one above with hundreds of ranges
-    one by one, and would do so at each end of a word. So those stand behind a look-ahead, and are
-    left out for a text that has no such character, as most have none.
-    """
-    def ranges(above):
-        def look_up(name):
-            if (name[1] or "s") not in unicode_classes():
-                raise ValueError(f"split pattern: no class {name[0]}")
-            return unicode_classes()[name[1] or "s"][above]
-        return look_up
+    def ranges(named):
+        if (named[1] or "s") not in classes:
+            raise ValueError(f"split pattern: no class {named[0]}")
+        return classes[named[1] or "s"]
 
     def translate(found):
         negated, body = found[1] or "", found[2] or found[0]     # \p{L} alone: a class of one
         if body == r"\S":
             negated, body = "^", r"\s"
-        named = r"\\p\{(\w+)\}|\\s"
-        low = re.sub(named, ranges(False), body)
-        rest = "".join(map(ranges(True), re.finditer(named, body)))
-        if "[" in body or re.search(r"\\[a-mopqsu-zA-TV-Z]", low):
+        if "[" in body or re.search(r"\\[a-moqu-zA-Z]", body):
             raise ValueError(f"split pattern: can't translate {found[0]}")
-        if not (high and rest):
-            return f"[{negated}{low}]"
-        any_high = r"\U00010000-\U0010ffff"
-        below = f"[^{low}{any_high}]" if negated else f"[{low}]"
-        return f"(?:{below}|(?=[{any_high}])[{negated}{rest}])"
+        body = re.sub(r"\\p\{(\w+)\}|\\s", ranges, body)
+        return f"[{negated}{body}]"
 
     try:
-        classes = r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\[a-moqsu-zA-Z]|\\[pP]\{\w+\}"
-        return re.compile(re.sub(classes, translate, pattern))
+        parts = r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\[a-moqsu-zA-Z]|\\[pP]\{\w+\}"
+        return re.compile(re.sub(parts, translate, pattern))
     except re.error as error:
         raise ValueError(f"split pattern: {error}: {pattern}") from None
 
 
 def split(text: str, pattern: str) -> list[str]:
     r""""To be!\n" -> ["To", " be", "!\n"]"""
-    high = len(text.encode("utf-16-le")) > 2 * len(text)         # above U+FFFF it takes two units
-    return compile_pattern(pattern, high).findall(text)
+    find_chunks = compile_pattern(pattern).findall
+    if text.isascii():
+        return find_chunks(text)
+    units = text.encode("utf-16-le", "surrogatepass")        # above U+FFFF it takes two units
+    text = units.decode("utf-16-le", "replace")              # half a pair is no character: U+FFFD
+    if len(units) == 2 * len(text):
+        return find_chunks(text)
+    _, stand_ins = unicode_classes()
+    low = re.sub("[^\0-\uffff]", lambda found: stand_ins[unicodedata.category(found[0])], text)
+    ends = itertools.accumulate(map(len, find_chunks(low)), initial=0)
+    return [text[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 # Texts of any size are worked on in pieces of about a million characters, cut where every pattern
@@ -174,23 +169,26 @@ PIECE = 1 << 20
 CUT = re.compile(r"[^\W_](?=\s)|\S\n(?=[^\W_])")
 
 
-def pieces(text: str):
-    """A text -> pieces that can be encoded each on its own."""
-    if not text.isascii():                    # half a surrogate pair is no character: U+FFFD
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    begin = 0
-    while begin < len(text):
-        cut = CUT.search(text, begin + PIECE)
-        end = cut.end() if cut else len(text)
-        yield text[begin:end]
-        begin = end
+def pieces(blocks):
+    """The blocks of a text, wherever they were cut -> pieces that can be split each on its own."""
+    text, at = "", PIECE
+    for block in blocks:
+        text, begin = text + block, 0
+        while cut := CUT.search(text, at):
+            yield text[begin:cut.end()]
+            begin = cut.end()
+            at = begin + PIECE
+        text = text[begin:]
+        at = max(PIECE, len(text) - 2)        # all before has been searched: CUT sees 3 characters
+    if text:
+        yield text
 
 
 def count_chunks(texts, pattern: str) -> Counter:
     """["to be, to"] -> {"to": 1, " be": 1, ",": 1, " to": 1}"""
     counts = Counter()
     for text in texts:
-        for piece in pieces(text):
+        for piece in pieces([text]):
             counts.update(split(piece, pattern))
     return counts
 
@@ -327,7 +325,13 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 DIVIDERS = ("<|endoftext|>", "<|begin_of_text|>")            # one stands before each document
-NO_MERGE = 1 << 56                                           # a rank after all others
+NO_MERGE = 1 << 30                                           # a rank after all others
+BLOCK = 1 << 17                                              # bytes that are merged side by side
+
+
+def slot(pair):
+    """Spreads pairs of ids, as numbers, over 4 million places: the top 22 bits of a product."""
+    return (pair * 0x1E3779B97F4A7C15 >> 42) & 0x3FFFFF
 
 
 class Tokenizer:
@@ -391,11 +395,10 @@ class Tokenizer:
         for name in names:
             if name not in self.special_tokens:
                 raise ValueError(f"{name!r} is none of this tokenizer's special tokens")
-        if not names:
-            return self.encode_array(text).tolist()
         ids = []
         either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))   # longest first
-        for i, part in enumerate(re.split(f"({either})", text)):     # text, name, text, name, text
+        parts = re.split(f"({either})", text) if names else [text]
+        for i, part in enumerate(parts):                     # text, name, text, name, text
             ids += [self.special_tokens[part]] if i % 2 else self.encode_array(part).tolist()
         return ids
 
@@ -408,34 +411,29 @@ class Tokenizer:
             # is not composed. Only texts with such a sequence get other ids.
             text = unicodedata.normalize("NFC", text)
         joined = []
-        for piece in pieces(text):
+        for piece in pieces([text]):
             chunks = split(piece, self.pattern)
-            try:
-                joined.append(b"".join(map(self.cache.__getitem__, chunks)))
-            except KeyError:
-                self.fill_cache(set(chunks))
-                joined.append(b"".join(map(self.cache.__getitem__, chunks)))
+            if self.cached > 1 << 28:                        # about 256 MB: start over
+                self.cache, self.cached = {}, 0
+            self.fill_cache(set(chunks).difference(self.cache))
+            joined.append(b"".join(map(self.cache.__getitem__, chunks)))
         return np.frombuffer(b"".join(joined), self.dtype)
 
     def fill_cache(self, chunks: set[str]):
-        """Encode those which are not there yet: many at once if many are about as long."""
-        if self.cached > 1 << 28:                            # about 256 MB: start over
-            self.cache, self.cached = {}, 0
-        groups = defaultdict(list)                           # length up to 2, 4, 8, ... -> chunks
-        for chunk in chunks.difference(self.cache):
-            word = chunk.encode()
-            self.cached += 200 + 8 * len(word)
-            if self.whole_first and word in self.id_of:
-                self.cache[chunk] = self.id_of[word].to_bytes(self.dtype.itemsize, "little")
+        """Encode chunks, by blocks of words of about the same length, the longest first."""
+        words = sorted(map(str.encode, chunks), key=len)
+        self.cached += sum(200 + 8 * len(word) for word in words)
+        while words:
+            block = words[-max(1, BLOCK // len(words[-1])):]
+            del words[-len(block):]
+            if len(block) < 64:                              # numpy isn't worth the trouble
+                ids = [np.array(self.merge(word), self.dtype).tobytes() for word in block]
             else:
-                groups[(len(word) - 1).bit_length()].append(chunk)
-        for bits, group in groups.items():
-            words = list(map(str.encode, group))
-            if bits <= 6 and len(words) > 4 << bits:         # enough to be worth the trouble
-                ids = self.merge_side_by_side(words, 1 << bits)
-            else:
-                ids = [np.array(self.merge(word), self.dtype).tobytes() for word in words]
-            self.cache.update(zip(group, ids))
+                ids = self.merge_side_by_side(block)
+            self.cache.update(zip(map(bytes.decode, block), ids))
+            if self.whole_first:
+                self.cache.update((word.decode(), np.array(self.id_of[word], self.dtype).tobytes())
+                                  for word in block if word in self.id_of)
 
     def merge(self, word: bytes) -> list[int]:
         """Encoding itself: merge the pair of lowest rank, of equals the leftmost; and again.
@@ -465,57 +463,62 @@ class Tokenizer:
         return [token for token in tokens if token is not None]
 
     @functools.cached_property
-    def rank_table(self):
-        """self.ranks for numpy: all pairs as numbers in ascending order, and their ranks."""
-        ids = np.fromiter(itertools.chain.from_iterable(self.ranks), np.int64, 2 * len(self.ranks))
+    def tables(self):
+        """For numpy: all pairs in ascending order; their ranks; 4 million flags, of which those
+        are set where slot() puts a pair; the ranks of any two bytes; self.made."""
+        n = len(self.ranks)
+        ids = np.fromiter(itertools.chain.from_iterable(self.ranks), np.int64, 2 * n)
         pairs = np.append(ids[0::2] << 32 | ids[1::2], 1 << 62)      # the last one is a stop
+        ranks = np.append(np.fromiter(self.ranks.values(), np.int64, n), NO_MERGE)
         order = np.argsort(pairs)
-        return pairs[order], np.append(np.fromiter(self.ranks.values(), np.int64), -1)[order]
+        flags = np.zeros(1 << 22, bool)
+        flags[slot(pairs)] = True
+        every = [*self.byte_ids[:0xFF], None]                # 0xFF, which no UTF-8 contains: empty
+        of_bytes = [self.ranks.get(pair, NO_MERGE) for pair in itertools.product(every, every)]
+        return (pairs[order], ranks[order], flags, np.array(of_bytes).reshape(256, 256),
+                np.array(self.made, np.int64))
 
     def rank(self, a, b):
-        """Arrays of ids -> the ranks of their merges, NO_MERGE where they have none."""
-        pairs, ranks = self.rank_table
+        """Arrays of ids -> the ranks of their merges, NO_MERGE where they have none. Most have
+        none, and for most of those a flag says so: that saves the search."""
+        pairs, ranks, flags, _, _ = self.tables
         pair = a << 32 | b
-        at = np.searchsorted(pairs, pair)
-        return np.where(pairs[at] == pair, ranks[at], NO_MERGE)
+        result = np.full(len(pair), NO_MERGE)
+        maybe = np.flatnonzero(flags[slot(pair)])
+        at = np.searchsorted(pairs, pair[maybe])
+        result[maybe] = np.where(pairs[at] == pair[maybe], ranks[at], NO_MERGE)
+        return result
 
-    @functools.cached_property
-    def byte_ranks(self):
-        """rank() of any two bytes, to be looked up: the first round asks nothing else."""
-        ids = np.array([*self.byte_ids[:0xFF], len(self)])           # 0xFF: an empty place
-        return self.rank(ids[:, None], ids)
-
-    def merge_side_by_side(self, words: list[bytes], length: int) -> list[bytes]:
+    def merge_side_by_side(self, words: list[bytes]) -> list[bytes]:
         """merge() for thousands of words: in every round numpy does one merge in each of them.
-
-        The words are the columns of a table of length + 1 rows, kept as a flat array: below place i
-        lies i + n. The last row stays empty and closes each column to a ring, as in merge().
-        """
-        n, empty = len(words), len(self)
-        text = np.frombuffer(b"".join(word.ljust(length + 1, b"\xff") for word in words), np.uint8)
-        text = text.reshape(n, length + 1).T.ravel()
+        They lie in a row, after each an empty place: 0xFF as a byte, len(self) as a token."""
+        _, _, _, rank_of_bytes, made = self.tables
+        empty, never = len(self), NO_MERGE << 32
+        text = np.frombuffer(b"\xff".join(words) + b"\xff", np.uint8)
         tokens = np.array([*self.byte_ids[:0xFF], empty])[text]
-        places = np.arange(len(tokens))
-        after, before = (places + n) % len(tokens), (places - n) % len(tokens)
-        made = np.array(self.made, np.int64)
-        # A score: the rank of the pair that begins here, of equal ranks the upper row is lower.
-        scores = self.byte_ranks[text, np.roll(text, -n)] << 6 | places // n
+        places = np.arange(len(text))
+        after, before = np.roll(places, -1), np.roll(places, 1)
+        # A score: the rank of the pair that begins here, and of equal ranks the left one is lower.
+        scores = rank_of_bytes[text, np.roll(text, -1)] << 32 | places
+        ends = np.flatnonzero(tokens == empty)
+        begins = np.append(0, ends[:-1] + 1)
         while True:
-            best = scores.reshape(length + 1, n).min(axis=0)
-            column = np.flatnonzero(best < NO_MERGE << 6)
-            if not len(column):
+            # The best pair of each word. One in which nothing is left to do drops out: its scores
+            # then count with those of the word before it, where they change nothing.
+            best = np.minimum.reduceat(scores, begins)
+            begins, best = begins[best < never], best[best < never]
+            if not len(best):
                 break
-            best = best[column]
-            i = (best & 63) * n + column
+            i = best & 0xFFFFFFFF
             j = after[i]
-            tokens[i], tokens[j], scores[j] = made[best >> 6], empty, NO_MERGE << 6
+            tokens[i], tokens[j], scores[j] = made[best >> 32], empty, never
             after[i] = after[j]
             before[after[i]] = i
             for left in (before[i], i):
-                scores[left] = self.rank(tokens[left], tokens[after[left]]) << 6 | left // n
-        tokens = tokens.reshape(length + 1, n).T
-        ids = tokens[tokens < empty].astype(self.dtype).tobytes()
-        ends = np.cumsum((tokens < empty).sum(axis=1)) * self.dtype.itemsize
+                scores[left] = self.rank(tokens[left], tokens[after[left]]) << 32 | left
+        there = tokens != empty
+        ids = tokens[there].astype(self.dtype).tobytes()
+        ends = np.cumsum(there)[ends] * self.dtype.itemsize
         return [ids[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
     def decode_bytes(self, ids) -> bytes:
@@ -545,17 +548,15 @@ class Tokenizer:
         try:
             with open(path, encoding="utf-8") as file:
                 if not path.endswith(".tiktoken"):
-                    return cls(*read_tokenizer_json(file.read()))
+                    return cls(*read_tokenizer_json(json.load(file)))
                 if pattern is None:
                     raise ValueError(f"name its pattern: {', '.join(PATTERNS)}")
                 ranks = read_ranks(file, special_tokens or {})
                 return cls(*ranks, PATTERNS.get(pattern, pattern), whole_first=True)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: {error}; is the file cut off?") from None
-        except ValueError as error:
+        except ValueError as error:                          # no JSON, or no UTF-8, is one as well
             raise ValueError(f"{path}: {error}") from None
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not built as a tokenizer.json is: {error!r}") from None
 
     def save(self, directory):
         """tokenizer.json, and tokenizer_config.json for transformers."""
@@ -626,17 +627,18 @@ def read_ranks(lines, special_tokens):
     return vocab, ranks, made, special_tokens
 
 
-def read_tokenizer_json(text):
-    """-> the arguments of Tokenizer(); a ValueError names what is there but not done here."""
+def read_tokenizer_json(content):
+    """-> the arguments of Tokenizer(); a ValueError names what is there but not done here.
+
+    Of the other entries none changes the ids of a text: "decoder" is the way back, and what
+    "post_processor" puts around them (a <|begin_of_text|>, say) is added by whoever wants it.
+    """
     def insist(place, part, **allowed):
         for key, values in allowed.items():
             if part.get(key) not in values:
                 raise ValueError(f'{place}: "{key}": {json.dumps(part.get(key))[:60]} '
                                  "is not supported here")
 
-    content = json.loads(text)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError('there is no "model" in it')
     model, pre = content["model"], content.get("pre_tokenizer") or {"type": None}
     insist("top level", content, truncation=[None], padding=[None],
            normalizer=[None, {"type": "NFC"}])
@@ -788,102 +790,93 @@ def find_files(names) -> list[tuple[str, int]]:
     return files
 
 
-def next_edge(stream, at, jsonl, cut=False):
-    """The first place from byte `at` on where a character begins (jsonl: a line; cut: a piece)."""
-    stream.seek(max(0, at - 1))
-    if jsonl and at:
-        stream.readline()
-        return stream.tell()
-    rest = stream.read(4)[1:] if at else b""
-    at += len(rest) - len(rest.lstrip(bytes(range(0x80, 0xC0))))         # 10xxxxxx: not the first
-    if not cut:
-        return at
-    stream.seek(at)
-    block = stream.read(PIECE)
-    found = CUT.search(block.decode("utf-8", "ignore"))
-    if found:
-        return at + len(found.string[:found.end()].encode())
-    return next_edge(stream, at + len(block), jsonl, cut=bool(block))
+def slices(files, part=(0, 1)):
+    """-> (path, first byte, whether a document begins here, text), about PIECE long: the work.
 
-
-def slices(files, part):
-    """-> (path, first byte, end, whether a document begins here), about PIECE bytes each: the work.
-
-    part cuts by position over all files together. A cut inside a character or line moves to its
-    end, from whichever side one comes: so 0:0.9 and 0.9:1 make the whole.
+    part cuts by position over all files together. A cut inside a character (.jsonl: a line) moves
+    to its end, from whichever side one comes: so 0:0.9 and 0.9:1 make the whole.
     """
+    def edge(stream, at):
+        """The first place from byte `at` on where a character (.jsonl: a line) begins."""
+        stream.seek(max(0, at - 1))
+        if at and stream.name.endswith(".jsonl"):
+            return at - 1 + len(stream.readline())
+        rest = stream.read(4)[1:] if at else b""
+        return at + len(rest) - len(rest.lstrip(bytes(range(0x80, 0xC0))))   # 10xxxxxx: inside one
+
+    def blocks(stream, at, end):
+        while at < end:
+            stop = min(edge(stream, at + PIECE), end)
+            stream.seek(at)
+            try:
+                yield stream.read(stop - at).decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{stream.name}: not UTF-8 at byte {at + error.start}") from None
+            at = stop
+
     low, high = (int(sum(size for _, size in files) * fraction) for fraction in part)
     for path, size in files:
-        jsonl = path.endswith(".jsonl")
         with open(path, "rb") as stream:
-            begin, stop = (next_edge(stream, min(max(0, at), size), jsonl) for at in (low, high))
-            document = True
-            while begin < stop:
-                end = min(next_edge(stream, min(begin + PIECE, size), jsonl, cut=not jsonl), stop)
-                yield path, begin, end, document
-                begin, document = end, False
+            begin, end = (edge(stream, min(max(0, at), size)) for at in (low, high))
+            texts, at = blocks(stream, begin, end), begin
+            for text in texts if path.endswith(".jsonl") else pieces(texts):
+                yield path, at, at == begin, text
+                at += len(text.encode())
         low, high = low - size, high - size
 
 
-def read_slice(path, begin, end, document):
-    """-> (whether a document begins here, its text or its conversations)"""
-    with open(path, "rb") as stream:
-        stream.seek(begin)
-        data = stream.read(end - begin)
-    try:
-        text = data.decode()
-        if not path.endswith(".jsonl"):
-            yield document, text
-            return
-        for number, line in enumerate(text.split("\n")):
-            if not line.strip():
-                continue
-            row = json.loads(line)
+def read_rows(path, at, begins, text):
+    """A slice -> (whether a document begins here, its text or its conversations)"""
+    if not path.endswith(".jsonl"):
+        yield begins, text
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
             if not isinstance(row, dict) or not isinstance(row.get("text", ""), str):
                 raise ValueError('not an object, or its "text" is not a string')
-            yield True, row["text"] if "text" in row else conversations(row)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {begin + error.start}") from None
-    except ValueError as error:
-        with open(path, "rb") as stream:
-            number += 1 + stream.read(begin).count(b"\n")
-        raise ValueError(f"{path}, line {number}: {error}") from None
+            row = row["text"] if "text" in row else conversations(row)
+        except ValueError as error:
+            with open(path, "rb") as stream:
+                number += stream.read(at).count(b"\n")
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if line.strip():
+            yield True, row
 
 
-def texts_of(value) -> list[str]:
-    """All text in a row of read_slice(), be it a text or conversations."""
-    if isinstance(value, str):
-        return [value]
-    return [text for messages, _ in value for message in messages
+def texts_of(row) -> list[str]:
+    """All text in a row of read_rows(), be it a text or conversations."""
+    if isinstance(row, str):
+        return [row]
+    return [text for messages, _ in row for message in messages
             for text in (message["role"] + "\n", message["content"])]
 
 
 def count_slice(piece, pattern):
     """The work of one process for train: a slice -> the counts of its chunks."""
-    rows = read_slice(*piece)
-    return count_chunks((text for _, value in rows for text in texts_of(value)), pattern)
+    return count_chunks((text for _, row in read_rows(*piece) for text in texts_of(row)), pattern)
 
 
 def encode_slice(piece, tokenizer):
-    """... for encode: -> bytes of text, documents begun, kinds of rows, ids, (mask, lengths)"""
-    n_bytes, documents, kinds, ids, mask, lengths = 0, 0, set(), [[]], [], []
-    for begins, value in read_slice(*piece):
-        n_bytes += sum(len(text.encode("utf-8", "replace")) for text in texts_of(value))
-        documents += begins
-        if isinstance(value, str):
-            kinds.add("text")
+    """... for encode: -> numbers of bytes, documents and rows of each kind; ids, mask, lengths"""
+    numbers, ids, mask, lengths = Counter(), [[]], [], []
+    for begins, row in read_rows(*piece):
+        numbers["bytes"] += sum(len(text.encode("utf-8", "replace")) for text in texts_of(row))
+        numbers["documents"] += begins
+        if isinstance(row, str):
+            numbers["text"] += 1
             if begins:                        # so that the first token, too, is predicted from one
                 ids.append([tokenizer.special_tokens[tokenizer.divider]])
-            ids.append(tokenizer.encode_array(value))
+            ids.append(tokenizer.encode_array(row))
             continue
-        kinds.add(("chats", "pairs")[len(value) - 1])
-        for messages, first_trained in value:
+        numbers[("chats", "pairs")[len(row) - 1]] += 1
+        for messages, first_trained in row:
             chat_ids, chat_mask = encode_chat(tokenizer, messages, first_trained)
             ids.append(chat_ids)
             mask += chat_mask
             lengths.append(len(chat_ids))
     ids = np.concatenate([np.asarray(some, tokenizer.dtype) for some in ids])
-    return n_bytes, documents, kinds, ids, (np.array(mask, np.uint8), np.array(lengths, np.int64))
+    return numbers, ids, np.array(mask, np.uint8), np.array(lengths, np.int64)
 
 
 def share(value):
@@ -902,29 +895,30 @@ def parallel(function, names, part, value, verb):
     """function(slice, value) for every slice of the files, in order, on all cores, with one live
     line on stderr if it takes a while; only a few slices are in memory."""
     files = find_files(names)
-    work = slices(files, part)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, 1 + sum(size for _, size in files) // PIECE)
     total = sum(size for _, size in files) * (part[1] - part[0])
-    began, done, line, waiting = time.monotonic(), 0, "", deque()
-    with ProcessPoolExecutor(cores, initializer=share, initargs=(value,)) as pool:
-        try:
-            while True:
-                for piece in itertools.islice(work, 2 * cores - len(waiting)):
-                    waiting.append((piece, pool.submit(call, function, piece)))
-                if not waiting:
-                    break
-                (_, begin, end, _), result = waiting.popleft()
-                yield result.result()
-                done += end - begin
-                seconds = time.monotonic() - began
-                if seconds > 1 and sys.stderr.isatty():
-                    line = (f"{verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
-                            f"{seconds * max(0, total / done - 1):.0f} s left")
-                    print(f"\r{line:60}", end="", file=sys.stderr, flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            print("\r" + " " * 60 + "\r" if line else "", end="", file=sys.stderr, flush=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(cores, 1 + int(total) // PIECE)
+    work, began, done, line = slices(files, part), time.monotonic(), 0, ""
+    interrupts = []                           # raised while a process is forked, it would be lost
+    usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        with ProcessPoolExecutor(cores, initializer=share, initargs=(value,)) as pool:
+            while some := list(itertools.islice(work, 8 * cores)):
+                results = pool.map(call, itertools.repeat(function), some)
+                for (*_, text), result in zip(some, results):
+                    if interrupts:
+                        pool.shutdown(cancel_futures=True)
+                        raise KeyboardInterrupt
+                    yield result
+                    done += len(text.encode())
+                    seconds = time.monotonic() - began
+                    if seconds > 1 and sys.stderr.isatty():
+                        line = (f"{verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
+                                f"{seconds * max(0, total / done - 1):.0f} s left")
+                        print(f"\r{line:60}", end="", file=sys.stderr, flush=True)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        print("\r" + " " * 60 + "\r" if line else "", end="", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -941,12 +935,6 @@ def train_command(args):
     print(f"{args.out}: {len(tokenizer):,} tokens, the longest {longest!r}")
 
 
-def npy_header(dtype, length):
-    """As long for any length: written first with 0, at the end with the true one."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
-    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
-
-
 def encode_command(args):
     """Text -> .npy: the ids in a row, mapped into memory by np.load(path, mmap_mode="r").
 
@@ -959,35 +947,38 @@ def encode_command(args):
         fingerprint = hashlib.sha256(file.read()).hexdigest()
     if not tokenizer.divider:
         raise ValueError(f"{args.tokenizer}: no {' or '.join(DIVIDERS)} to put between documents")
-    tokens, n_bytes, documents, kinds, parts = 0, 0, 0, set(), []
+    numbers, parts = Counter(), []
     sidecar = os.path.splitext(args.out)[0] + ".json"
     with whole_file(args.out) as file:
-        file.write(npy_header(tokenizer.dtype, 0))
-        for some_bytes, begun, some_kinds, ids, chats in parallel(
-                encode_slice, args.files, args.part, tokenizer, "encoded"):
-            tokens, n_bytes, documents = tokens + len(ids), n_bytes + some_bytes, documents + begun
-            kinds |= some_kinds
-            ending = ".npy" if kinds == {"text"} else ".npz"
+        file.seek(128)                        # the header is written when all is known
+        for some, *arrays in parallel(encode_slice, args.files, args.part, tokenizer, "encoded"):
+            numbers.update(some)
+            kinds = sorted({"text", "chats", "pairs"} & numbers.keys())
+            ending = ".npy" if kinds == ["text"] else ".npz"
             if len(kinds) > 1 or not args.out.endswith(ending):
-                raise ValueError(f"--out {args.out}: {' and '.join(sorted(kinds))} in these files, "
+                raise ValueError(f"--out {args.out}: {' and '.join(kinds)} in these files, "
                                  "but text goes to one .npy, and chats, or pairs, to one .npz")
+            numbers["tokens"] += len(arrays[0])
             if ending == ".npy":
-                file.write(ids)
+                file.write(arrays[0])
             else:
-                parts.append((ids, *chats))
-        if not tokens:
+                parts.append(arrays)          # chats wait in memory: 5 bytes a token at most
+        if not numbers["tokens"]:
             raise ValueError(f"{' '.join(args.files)}: no text in this part")
         file.seek(0)
         if parts:
             ids, mask, lengths = map(np.concatenate, zip(*parts))
             np.savez(file, ids=ids, mask=mask, offsets=np.cumsum(np.append(0, lengths)))
         else:
-            file.write(npy_header(tokenizer.dtype, tokens))
+            header = {"descr": tokenizer.dtype.str, "fortran_order": False,
+                      "shape": (numbers["tokens"],)}
+            file.write(b"\x93NUMPY\x01\x00\x76\x00" + f"{header}".ljust(117).encode() + b"\n")
         with contextlib.suppress(FileNotFoundError):
             os.remove(sidecar)                               # no old one beside a new file
-    write_json(sidecar, {"tokenizer": fingerprint, "vocab_size": len(tokenizer), "tokens": tokens,
-                         "bytes": n_bytes, "documents": documents, "kind": kinds.pop()})
-    print(f"{args.out}: {tokens:,} tokens of {n_bytes / tokens:.2f} bytes on average")
+    write_json(sidecar, {"tokenizer": fingerprint, "vocab_size": len(tokenizer), "kind": kinds[0],
+                         **{key: numbers[key] for key in ("tokens", "bytes", "documents")}})
+    print(f"{args.out}: {numbers['tokens']:,} tokens of "
+          f"{numbers['bytes'] / numbers['tokens']:.2f} bytes on average")
 
 
 def show_command(args):
@@ -996,24 +987,19 @@ def show_command(args):
     for name in args.files:
         rows = [(True, name)]
         if os.path.exists(name):
-            work = slices(find_files([name]), (0, 1))
-            rows = (row for piece in work for row in read_slice(*piece))
-        for _, value in rows:
-            if isinstance(value, str):
-                ids = tokenizer.encode(value)
-                paint(tokenizer, ids, itertools.cycle(["30;104", "30;47"]))
-                continue
-            for messages, first_trained in value:
-                ids, mask = encode_chat(tokenizer, messages, first_trained)
-                paint(tokenizer, ids, ["92" if trained else "90" for trained in mask])
-
-
-def paint(tokenizer, ids, colours):
-    """Print the tokens, each with its ANSI colour as background or text."""
-    for i, colour in zip(ids, colours):
-        text = tokenizer.vocab[i].decode("utf-8", errors="backslashreplace")
-        print(f"\033[{colour}m" + text.replace("\n", "↵\033[0m\n") + "\033[0m", end="")
-    print()
+            rows = (row for piece in slices(find_files([name])) for row in read_rows(*piece))
+        for _, row in rows:
+            if isinstance(row, str):
+                ids = tokenizer.encode(row)
+                coloured = [zip(ids, itertools.cycle(["30;104", "30;47"]))]
+            else:
+                chats = (encode_chat(tokenizer, *chat) for chat in row)
+                coloured = [zip(ids, ("92" if m else "90" for m in mask)) for ids, mask in chats]
+            for tokens in coloured:
+                for i, colour in tokens:                     # an ANSI colour of background or text
+                    text = tokenizer.vocab[i].decode("utf-8", errors="backslashreplace")
+                    print(f"\033[{colour}m" + text.replace("\n", "↵\033[0m\n"), end="\033[0m")
+                print()
 
 
 def fractions(text):
