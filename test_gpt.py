@@ -53,6 +53,20 @@ def tiny(seed=0, **fields) -> GPT:
                                 n_kv_head=2, head_dim=14, n_inner=72) | fields))
 
 
+def tiny_of(family: str, **fields) -> GPT:
+    """The same in each family; gpt2 can't choose its heads."""
+    return tiny(family=family, **(dict(n_kv_head=4, head_dim=10) if family == "gpt2" else {}),
+                **fields)
+
+
+def restless(model: GPT) -> GPT:
+    """Larger weights: fresh ones hardly look back, and norms and biases do nothing yet."""
+    for name, weight in model.named_parameters():
+        centre = 1.0 if weight.dim() == 1 and name.endswith("weight") else 0.0
+        torch.nn.init.normal_(weight, centre, 0.2)
+    return model.eval()
+
+
 def fp32():
     return torch.autocast("cpu", enabled=False)
 
@@ -67,8 +81,7 @@ def test_rotated_queries_and_keys_know_only_their_distance():
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
 
     def score(m, n):
-        turn = gpt.rotary(torch.tensor([m, n]), 8, 10000.0)
-        (cos_m, cos_n), (sin_m, sin_n) = turn
+        (cos_m, cos_n), (sin_m, sin_n) = gpt.rotary(torch.tensor([m, n]), tiny(head_dim=8).config)
         return (gpt.rotate(q, cos_m, sin_m) * gpt.rotate(k, cos_n, sin_n)).sum().item()
     # angles are fp32, so equal up to its rounding
     assert score(7, 3) == pytest.approx(score(94, 90), abs=1e-5)
@@ -120,6 +133,11 @@ def test_parameters_and_operations_match_a_count_by_hand():
     norms = 2 * (2 * 40 + 2 * 14) + 40
     assert model.count_parameters() == matrices + norms
     assert model.flops_per_token() == 6 * matrices + 12 * 2 * 4 * 14 * 96
+    assert model.cache_bytes_per_token() == 2 * 2 * 2 * 14 * 4      # 2 layers, k and v, 2 heads
+    assert gpt.Cache(model, 3, 10).memory.nbytes == 3 * 10 * model.cache_bytes_per_token()
+
+    old = GPT(GPTConfig(50257, 1024, 12, 768, 12, family="gpt2"))
+    assert old.count_parameters() == 124_439_808        # GPT-2's own: "124M"
 
     from torch.utils.flop_counter import FlopCounterMode
     tokens = ids(1, 97)
@@ -134,7 +152,9 @@ def test_parameters_and_operations_match_a_count_by_hand():
     (dict(n_embd=130, n_head=4, head_dim=None), ("130", "4")),
     (dict(n_head=4, n_kv_head=3), ("4", "3")),
     (dict(head_dim=15), ("15",)), (dict(vocab_size=0), ("0",)), (dict(n_layer=2.5), ("2.5",)),
-    (dict(dropout=1.0), ("1.0",))])
+    (dict(dropout=1.0), ("1.0",)), (dict(family="gpt5"), ("gpt5", "qwen3")),
+    (dict(family="gpt2"), ("2", "14")), (dict(rope_scaling={"rope_type": "yarn"}), ("yarn",)),
+    (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("'2'",))])
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named):
     with pytest.raises(ValueError) as refusal:
         tiny(**fields)
@@ -153,6 +173,85 @@ def test_targets_of_minus_100_are_left_out():
     nothing = model(tokens, torch.full_like(targets, -100))
     nothing.backward()
     assert nothing.item() == 0 and all((w.grad == 0).all() for w in model.parameters())
+
+
+def test_the_loss_in_pieces_is_the_loss_of_all_logits_at_once():
+    # 50,000 words: 335 rows make a piece. The plain way is the definition.
+    torch.manual_seed(0)
+    head, targets = gpt.Linear(8, 50000, bias=False).double(), ids(700, vocab_size=50000)
+    targets[300:400] = -100
+    x = torch.randn(700, 8, dtype=torch.float64, requires_grad=True)
+    share = torch.rand(700, dtype=torch.float64)        # a gradient of its own for each place
+    answers = []
+    for losses in (gpt.cross_entropy(x, head, targets),
+                   F.cross_entropy(x @ head.weight.T, targets, reduction="none")):
+        x.grad = head.weight.grad = None
+        (losses * share).sum().backward()
+        answers.append((losses.detach(), x.grad, head.weight.grad))
+    for ours, plain in zip(*answers):
+        assert (ours - plain).abs().max() < 1e-12
+
+
+def test_the_loss_never_holds_all_logits():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.nbytes)
+            return result
+    model, tokens = tiny(vocab_size=50000, n_embd=8), ids(10, 96, vocab_size=50000)
+    with Largest() as largest:
+        model(tokens, tokens).backward()
+    assert 50000 * 8 * 4 < largest.size <= 2**24 * 4 < 10 * 96 * 50000 * 4 / 2
+
+
+@pytest.mark.parametrize("family", gpt.FAMILIES)
+def test_packed_documents_do_not_see_each_other(family):
+    model, lengths = restless(tiny_of(family)), [1, 20, 7, 32, 12]
+    documents = [ids(1, n, seed=n) for n in lengths]
+    row = torch.cat(documents, dim=1)
+    alone = torch.cat([model(document) for document in documents], dim=1)
+    for shape in (1, 72), (2, 36):      # in one row or in two: documents may go on in the next
+        packed = model(row.view(shape), lengths=lengths).view(alone.shape)
+        assert (packed - alone).abs().max() < 1e-5
+
+    targets = ids(1, 72, seed=3)
+    targets[0, 10:40] = -100
+    losses = model(row, targets, lengths=lengths, reduction="none")
+    expected = F.cross_entropy(alone[0], targets[0], reduction="none")
+    assert (losses[0] - expected).abs().max() < 1e-5
+    mean = model(row, targets, lengths=lengths)
+    assert mean.item() == pytest.approx(expected.sum().item() / 42, rel=1e-6)
+    nothing = model(row, torch.full_like(targets, -100), lengths=lengths)
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_recomputing_the_layers_changes_no_gradient():
+    model, tokens = tiny(), ids(3, 20)
+    gradients = []
+    for model.recompute in False, True:
+        model.zero_grad()
+        model(tokens, tokens).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_the_training_step_is_one_graph_and_stays_it():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    model = torch.compile(tiny(dropout=0.1), fullgraph=True, backend=count)
+    for seed in range(3):
+        tokens = ids(2, 30, seed=seed)
+        model(tokens, tokens).backward()
+    assert len(graphs) == 1
 
 
 def test_the_cut_of_a_batch_into_pieces_does_not_change_the_gradient():
@@ -196,11 +295,10 @@ def test_every_weight_is_optimized_once_and_only_matrices_decay(name):
 
 # ---------------------------------------------------------------- gpt.py: generation
 
-def test_generation_with_a_cache_equals_generation_without():
+@pytest.mark.parametrize("family", gpt.FAMILIES)
+def test_generation_with_a_cache_equals_generation_without(family):
     # 60 places of context, 20 + 130 tokens: the cache fills and is emptied by half, four times over
-    model, tokens = tiny(block_size=60), ids(3, 20)
-    for weight in model.parameters():       # fresh weights hardly look back; these do
-        torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 else 0.0, 0.2)
+    model, tokens = restless(tiny_of(family, block_size=60)), ids(3, 20)
     cached = torch.stack(list(model.generate(tokens, 130, temperature=0)), dim=1)
     context = tokens
     for i in range(130):
@@ -210,20 +308,88 @@ def test_generation_with_a_cache_equals_generation_without():
             context = context[:, -30:]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_prompts_of_different_lengths_go_on_as_each_alone(family):
+    model = restless(tiny_of(family, block_size=40))
+    prompts = [ids(n, seed=n) for n in (3, 11, 1, 50)]      # the last is longer than the context
+    together = torch.stack(list(model.generate(prompts, 60, 0, repetition_penalty=1.3)), dim=1)
+    for prompt, row in zip(prompts[:3], together):
+        alone = [step.item() for step in model.generate(prompt[None], 60, 0,
+                                                        repetition_penalty=1.3)]
+        # The batch fills its 40 places sooner, because it is padded; up to there all is equal, and
+        # the longest row before it, which has no padding, is the same to its end.
+        assert row[:1].tolist() == alone[:1]
+    prompts = prompts[:3]
+    together = torch.stack(list(model.generate(prompts, 28, 0, repetition_penalty=1.3)), dim=1)
+    for prompt, row in zip(prompts, together):
+        assert row.tolist() == [step.item() for step in model.generate(
+            prompt[None], 28, 0, repetition_penalty=1.3)]
+
+
+def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
+    model = restless(tiny())
+    cache, computed = gpt.Cache(model, 1, 96), []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *rest, **named: (
+        computed.append(tokens.shape[1]), hidden(self, tokens, *rest, **named))[1])
+    prompt = ids(1, 20)
+    for turn in range(4):
+        if turn == 2:       # the beginning was changed: nothing of it may be used
+            prompt[0, 5] = (prompt[0, 5] + 1) % 61
+        alone = torch.stack(list(model.generate(prompt, 10, temperature=0)))
+        computed.clear()
+        kept = torch.stack(list(model.generate(prompt, 10, temperature=0, cache=cache)))
+        assert torch.equal(alone, kept)
+        # The first time 20 places; then the 5 new ones and the last token, which was only yielded.
+        assert computed == [(20, 6, 35 - 5 + 15 - 10, 6)[turn]] + [1] * 9 or turn == 2
+        prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
+
+
+def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
+    for family in "gpt2", "qwen3":
+        model = restless(tiny_of(family, tie_embeddings=family == "gpt2"))
+        model.save_pretrained(tmp_path)
+        small = GPT.from_pretrained(tmp_path, dtype=torch.int8)
+        rounded = copy.deepcopy(model)
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2:
+                step = weight.abs().amax(dim=1, keepdim=True) / 127
+                assert (weight - (weight / step).round() * step).abs().max() <= step.max() / 2
+                weight.data = (weight / step).round() * step
+        for T in 1, 30:     # one row takes another way than many
+            tokens = ids(1, T)
+            assert (small(tokens) - rounded(tokens)).abs().max() < 1e-4
+            assert (small(tokens) - model(tokens)).abs().max() > 1e-3
+        assert torch.equal(*(torch.stack(list(m.generate(ids(2, 9), 30, temperature=0)))
+                             for m in (small, rounded)))
+        with pytest.raises(ValueError, match="int8"):
+            small.save_pretrained(tmp_path)
+        sizes = [sum(t.nbytes for t in m.state_dict().values()) for m in (small, model)]
+        assert sizes[0] < 0.4 * sizes[1]
+
+
 def test_sampling_draws_from_the_distribution_it_says():
     p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
     logits, random = p.log().expand(20000, 5), torch.Generator().manual_seed(0)
+    said = torch.tensor([[0, 0, 2]]).expand(20000, 3)
 
     def shares(**how):
-        how = dict(temperature=1.0, top_k=None, top_p=None) | how
-        return torch.bincount(gpt.sample(logits, random=random, **how), minlength=5) / 20000
+        how = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0) | how
+        return torch.bincount(gpt.sample(logits, said, random=random, **how), minlength=5) / 20000
+    # log p is negative, so a penalty of 2 squares what was said: once, however often it was said
+    squared = torch.tensor([0.5**2, 0.25, 0.15**2, 0.07, 0.03])
     # 20000 draws: a standard deviation is at most 0.0036; four of them
     for how, expected in ((dict(), p), (dict(temperature=0.5), p**2 / (p**2).sum()),
                           (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
                           (dict(top_k=9), p),
                           (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
                           (dict(top_p=0.01), torch.tensor([1.0, 0, 0, 0, 0])),
+                          (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
+                          (dict(min_p=1.0), torch.tensor([1.0, 0, 0, 0, 0])),
+                          (dict(repetition_penalty=2.0), squared / squared.sum()),
                           (dict(temperature=0), torch.tensor([1.0, 0, 0, 0, 0])),
+                          (dict(temperature=0, repetition_penalty=3.0),
+                           torch.tensor([0, 1.0, 0, 0, 0])),
                           (dict(temperature=1e-40), torch.tensor([1.0, 0, 0, 0, 0]))):
         assert torch.allclose(shares(**how), expected, atol=0.0145), how
         assert ((shares(**how) > 0) <= (expected > 0)).all(), how
@@ -238,7 +404,8 @@ def test_seed_and_stop():
     drawn = [step.item() for step in model.generate(row, 40, seed=3)]
     stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
     assert stopped == drawn[:drawn.index(drawn[10]) + 1]
-    for wrong in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1):
+    for wrong in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), \
+            dict(min_p=1.1), dict(repetition_penalty=0):
         with pytest.raises(ValueError):
             next(model.generate(row, 1, **wrong))
     with pytest.raises(ValueError):
@@ -247,23 +414,117 @@ def test_seed_and_stop():
 
 # ---------------------------------------------------------------- gpt.py: files
 
-def test_transformers_opens_what_we_save_and_we_open_what_it_saves(tmp_path):
+ROPES = {"linear": {"rope_type": "linear", "factor": 2.5},
+         "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}
+
+
+def theirs_of(family: str):
+    """A model that transformers made: 2 layers, odd sizes, weights large enough to matter."""
     transformers = pytest.importorskip("transformers")
-    model, tokens = tiny().eval(), ids(2, 50)
-    for weight in model.parameters():       # norms too must not stay at the 1 that they begin with
-        torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 else 0.0, 0.2)
-    model.save_pretrained(tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    torch.manual_seed(0)
+    old = dict(vocab_size=61, n_embd=42, n_layer=2, n_head=3, n_positions=128, resid_pdrop=0.0,
+               embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    new = dict(vocab_size=61, hidden_size=42, num_hidden_layers=2, num_attention_heads=6,
+               num_key_value_heads=2, head_dim=10, intermediate_size=74,
+               max_position_embeddings=128, tie_word_embeddings=family == "qwen2")
+    if family in ROPES:
+        new["rope_parameters"] = ROPES[family] | {"rope_theta": 5000.0}
+        family = "llama"
+    name = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2",
+            "qwen3": "Qwen3"}[family]
+    if name in ("Mistral", "Qwen2"):        # no head size of their own: 60 / 6
+        new |= dict(hidden_size=60, sliding_window=None)
+    config = getattr(transformers, name + "Config")(**(old if family == "gpt2" else new))
+    kind = {"GPT2": "GPT2LMHeadModel"}.get(name, name + "ForCausalLM")
+    model = getattr(transformers, kind)(config).eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return model
+
+
+@pytest.mark.parametrize("family", [*gpt.FAMILIES, *ROPES])
+def test_every_family_is_that_of_transformers(family, tmp_path):
+    theirs, tokens = theirs_of(family), ids(2, 100)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = GPT.from_pretrained(tmp_path / "theirs")
+    assert model.config.family == ("llama" if family in ROPES else family)
     assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+    targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], dim=1)
+    targets[0, :9] = -100
+    labels = torch.cat([torch.full((2, 1), -100), targets[:, :-1]], dim=1)
+    loss, their_loss = model(tokens, targets), theirs(tokens, labels=labels).loss
+    loss.backward()
+    their_loss.backward()
+    assert loss.item() == pytest.approx(their_loss.item(), abs=1e-4)
+    # The gradients, under their names: as if they were a model's weights.
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.data, weight.grad = weight.grad, None
+    model.save_pretrained(tmp_path / "gradients")
+    gradients, _ = gpt.read_safetensors(tmp_path / "gradients" / "model.safetensors")
+    for name, weight in theirs.named_parameters():
+        assert (gradients.pop(name) - weight.grad).abs().max() < 1e-4, name
+    assert not gradients
+
+    model = GPT.from_pretrained(tmp_path / "theirs")
     greedy = theirs.generate(tokens[:1, :8], attention_mask=torch.ones(1, 8), max_new_tokens=64,
                              do_sample=False, eos_token_id=None, pad_token_id=0)
     ours = [step.item() for step in model.generate(tokens[:1, :8], 64, temperature=0)]
     assert greedy[0, 8:].tolist() == ours
 
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = GPT.from_pretrained(tmp_path / "theirs")
-    assert again.config == model.config and torch.equal(again(tokens), model(tokens))
+    model.save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+    again.save_pretrained(tmp_path / "again")
+    for kept, first in zip(*(gpt.read_safetensors(tmp_path / name / "model.safetensors")[0].items()
+                             for name in ("again", "theirs"))):
+        assert kept[0] == first[0] and torch.equal(kept[1], first[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path):
+    theirs_of("llama").to(dtype).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    from transformers import AutoModelForCausalLM
+    for asked, found, atol in (None, dtype, 0.05), (torch.float32, torch.float32, 1e-4):
+        model = GPT.from_pretrained(tmp_path, dtype=asked)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=found)
+        assert {weight.dtype for weight in model.parameters()} == {found}
+        assert (model(ids(1, 9)) - theirs(ids(1, 9)).logits).abs().max() < atol
+
+    index = tmp_path / "model.safetensors.index.json"
+    whole = index.read_text()
+    for damage in whole[:50], "[]", whole.replace("model-00002", "../model-00002"), "{}":
+        index.write_text(damage)
+        with pytest.raises(ValueError) as refusal:
+            GPT.from_pretrained(tmp_path)
+        assert "index.json" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_opening_needs_no_second_copy_of_the_weights(tmp_path):
+    # Linux tells the peak of a process, and forgets it when asked to. In a fresh one.
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+    GPT(GPTConfig(500, 64, 8, 640)).save_pretrained(tmp_path)       # 138 MB in fp32
+    code = """if True:
+        import re, sys, torch, gpt
+        def kilobytes(what):
+            return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+        open("/proc/self/clear_refs", "w").write("5")
+        (torch.ones(512, 512) @ torch.ones(512, 512)).sum()         # torch's own is loaded
+        before = kilobytes("VmRSS")
+        model = gpt.GPT.from_pretrained(sys.argv[1], dtype=eval(sys.argv[2]))
+        for weight in model.parameters():
+            weight.view(-1)[::512].max()        # every page is looked at
+        size = sum(weight.nbytes for weight in model.parameters())
+        print((kilobytes("VmHWM") - before) * 1024 / size)"""
+    for dtype in "None", "torch.bfloat16", "torch.int8":
+        share = float(subprocess.run([sys.executable, "-c", code, tmp_path, dtype], cwd=HERE,
+                                     capture_output=True, text=True, check=True).stdout)
+        # Nothing twice: what comes on top is one matrix on its way, and a few MB of Python.
+        assert 0.9 < share < 1.5, (dtype, share)
 
 
 def test_saving_and_opening_gives_the_same_model(tmp_path):
@@ -315,7 +576,8 @@ def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
     ("rope_scaling", {"rope_type": "yarn"}), ("rope_parameters", {"rope_type": "llama3"}),
     ("use_sliding_window", True), ("num_hidden_layers", None), ("num_hidden_layers", 3),
     ("hidden_size", 42), ("vocab_size", "61"), ("num_attention_heads", "many"),
-    ("rope_parameters", 3), ("rope_theta", None)])
+    ("rope_parameters", 3), ("rope_theta", None), ("num_experts", 8),
+    ("final_logit_softcapping", 30.0), ("layer_types", ["sliding_attention"])])
 def test_another_layout_is_refused_by_name(tmp_path, name, value):
     tiny().save_pretrained(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text()) | {name: value}
