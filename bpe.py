@@ -18,8 +18,8 @@ Any text can be encoded, and decoding gives back exactly its bytes.
 
 Words: a *chunk* is a piece of text, about a word, across whose edges nothing is merged; a *token*
 is a string of bytes with a number, its *id*; a *merge* glues two tokens into a third, and its
-*rank* says how early it was learned (lower goes first). Left out on purpose: tokenizers that are
-not byte-level BPE. What a file asks for and is not done here is refused by name.
+*rank* says how early it was learned (lower goes first). Left out on purpose: other kinds of
+tokenizers. What a file asks for and is not done here is refused by name.
 Sources: Sennrich et al. 2016, arxiv.org/abs/1508.07909 (BPE on words); Radford et al. 2019,
 github.com/openai/gpt-2 (bytes, splitting); github.com/openai/tiktoken (patterns, rank files);
 github.com/huggingface/tokenizers (tokenizer.json, the order of equally frequent pairs).
@@ -127,24 +127,19 @@ def compile_pattern(pattern: str) -> re.Pattern:
     r"""The pattern with \p{..} and \s written as ranges."""
     classes, _ = unicode_classes()
 
-    def ranges(named):
-        if (named[1] or "s") not in classes:
-            raise ValueError(f"split pattern: no class {named[0]}")
-        return classes[named[1] or "s"]
-
     def translate(found):
         negated, body = found[1] or "", found[2] or found[0]     # \p{L} alone: a class of one
         if body == r"\S":
             negated, body = "^", r"\s"
         if "[" in body or re.search(r"\\[a-moqu-zA-Z]", body):
-            raise ValueError(f"split pattern: can't translate {found[0]}")
-        body = re.sub(r"\\p\{(\w+)\}|\\s", ranges, body)
-        return f"[{negated}{body}]"
+            raise re.error(f"can't translate {found[0]}")
+        return f"[{negated}{re.sub(named, lambda found: classes[found[1] or 's'], body)}]"
 
+    named = r"\\p\{(\w+)\}|\\s"
     try:
         parts = r"\[(\^?)((?:\\.|[^\]\\])+)\]|\\[a-moqsu-zA-Z]|\\[pP]\{\w+\}"
         return re.compile(re.sub(parts, translate, pattern))
-    except re.error as error:
+    except (re.error, KeyError) as error:
         raise ValueError(f"split pattern: {error}: {pattern}") from None
 
 
@@ -205,15 +200,13 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
 
     The plain loop (count all pairs, merge the commonest everywhere) reads the text once per merge.
     Here all distinct chunks lie in a row, with a 0xFF, which no UTF-8 contains, around each, and:
-    1. Counts are kept up to date: a merge changes only the pairs beside it. It is known where these
-       are: a pair can only come into being at the moment when the younger of its tokens does, so
-       its places are written down once; later they can only cease to hold.
-    2. Many merges are done at once. Walk down the pairs, the commonest first, for as long as none
-       begins with a token that another ends with. Such pairs can't overlap, so they leave each
-       other's counts alone. A new pair, beside a merged one, is no commoner than the pair that
-       stood there before. That one overlaps the merged one, so it isn't in the batch: it comes
-       later in the order, and so does the new pair. Hence one by one gives the same.
-       A batch has about 50 merges, in which numpy does the work of all.
+    1. Counts are kept up to date: a merge changes only the pairs beside it. A pair can only come
+       into being when the younger of its tokens does, so its places are written down once.
+    2. About 50 merges are done at once by numpy. Walk down the pairs, the commonest first, for as
+       long as none begins with a token that another ends with: such pairs can't overlap, so they
+       leave each other's counts alone. A new pair, beside a merged one, is no commoner than the
+       pair that stood there before. That one overlaps the merged one, so it isn't in the batch: it
+       comes later in the order, and so does the new pair. Hence one by one gives the same.
     """
     chunks = [chunk.encode() for chunk in counts]
     flat = np.frombuffer(b"\xff" + b"\xff".join(chunks) + b"\xff", np.uint8)
@@ -369,13 +362,11 @@ class Tokenizer:
         pattern = PATTERNS.get(pattern, pattern)
         counts = texts if isinstance(texts, Counter) else count_chunks(texts, pattern)
         fixed = 256 + len(special_tokens)
-        if vocab_size < fixed:
-            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and "
-                             f"{len(special_tokens)} special tokens need {fixed}")
-        merges = learn(counts, vocab_size - fixed)
-        if fixed + len(merges) < vocab_size:
-            raise ValueError(f"too little text for vocab_size {vocab_size}: with all chunks merged "
-                             f"it is {fixed + len(merges)}; ask for that or less, or add text")
+        merges = learn(counts, max(0, vocab_size - fixed))
+        if vocab_size != fixed + len(merges):
+            raise ValueError(f"vocab_size {vocab_size}: 256 bytes and {len(special_tokens)} special"
+                             f" tokens need {fixed}, and there is too little text for more than "
+                             f"{fixed + len(merges)}; ask for that or less, or add text")
         vocab = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
             vocab.append(vocab[a] + vocab[b])
@@ -420,16 +411,16 @@ class Tokenizer:
         return np.frombuffer(b"".join(joined), self.dtype)
 
     def fill_cache(self, chunks: set[str]):
-        """Encode chunks, by blocks of words of about the same length, the longest first."""
+        """Encode chunks, in blocks of about the same length, the longest first."""
         words = sorted(map(str.encode, chunks), key=len)
         self.cached += sum(200 + 8 * len(word) for word in words)
         while words:
             block = words[-max(1, BLOCK // len(words[-1])):]
             del words[-len(block):]
-            if len(block) < 64:                              # numpy isn't worth the trouble
-                ids = [np.array(self.merge(word), self.dtype).tobytes() for word in block]
-            else:
+            if len(block) >= 64:
                 ids = self.merge_side_by_side(block)
+            else:                                            # numpy isn't worth the trouble
+                ids = [np.array(self.merge(word), self.dtype).tobytes() for word in block]
             self.cache.update(zip(map(bytes.decode, block), ids))
             if self.whole_first:
                 self.cache.update((word.decode(), np.array(self.id_of[word], self.dtype).tobytes())
@@ -576,9 +567,7 @@ class Tokenizer:
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
             "decoder": level,
             "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                "byte_fallback": False, "ignore_merges": self.whole_first,
+                "type": "BPE", "ignore_merges": self.whole_first,
                 # with the special tokens: else, where ids have gaps, the reader numbers them anew
                 "vocab": {token: i for i, token in enumerate(spelled) if token is not None},
                 "merges": [[spelled[a], spelled[b]]
@@ -776,25 +765,30 @@ def conversations(row: dict) -> list[tuple[list[dict], int]]:
 
 # ------------------------------------------------------------------------------------------ files
 
-def find_files(names) -> list[tuple[str, int]]:
-    """Files, or folders with .txt and .jsonl files -> (path, size) of every file"""
-    files = []
+def find_files(names, part="0:1") -> list[tuple[str, int, int]]:
+    """Files, or folders with .txt and .jsonl files -> (path, first byte, end) of each.
+
+    part cuts by position over all files together, "0:0.9" and "0.9:1" make the whole.
+    """
+    paths = []
     for name in names:
         inside = [name]
         if os.path.isdir(name):
             inside = sorted(os.path.join(folder, file) for folder, _, some in os.walk(name)
                             for file in some if file.endswith((".txt", ".jsonl")))
-        files += [(file, os.path.getsize(file)) for file in inside]
-    if not sum(size for _, size in files):
-        raise ValueError(f"{' '.join(names)}: no text in it (in a folder, .txt and .jsonl count)")
-    return files
+        paths += inside
+    ends = [0, *itertools.accumulate(map(os.path.getsize, paths))]
+    low, high = (int(float(fraction) * ends[-1]) for fraction in part.split(":"))
+    if not 0 <= low < high <= ends[-1]:
+        raise ValueError(f"{' '.join(names)}: no text in it, or in its part {part} "
+                         "(in a folder, .txt and .jsonl count)")
+    return [(path, max(low, begin) - begin, min(high, end) - begin)
+            for path, begin, end in zip(paths, ends, ends[1:]) if begin < high and low < end]
 
 
-def slices(files, part=(0, 1)):
-    """-> (path, first byte, whether a document begins here, text), about PIECE long: the work.
-
-    part cuts by position over all files together. A cut inside a character (.jsonl: a line) moves
-    to its end, from whichever side one comes: so 0:0.9 and 0.9:1 make the whole.
+def slices(files):
+    """-> (path, first byte, whether a document begins here, text), each about PIECE long: the work.
+    An end inside a character (.jsonl: a line) moves to the next, whichever side of it is asked for.
     """
     def edge(stream, at):
         """The first place from byte `at` on where a character (.jsonl: a line) begins."""
@@ -814,15 +808,13 @@ def slices(files, part=(0, 1)):
                 raise ValueError(f"{stream.name}: not UTF-8 at byte {at + error.start}") from None
             at = stop
 
-    low, high = (int(sum(size for _, size in files) * fraction) for fraction in part)
-    for path, size in files:
+    for path, begin, end in files:
         with open(path, "rb") as stream:
-            begin, end = (edge(stream, min(max(0, at), size)) for at in (low, high))
-            texts, at = blocks(stream, begin, end), begin
+            begin = at = edge(stream, begin)
+            texts = blocks(stream, begin, edge(stream, end))
             for text in texts if path.endswith(".jsonl") else pieces(texts):
                 yield path, at, at == begin, text
                 at += len(text.encode())
-        low, high = low - size, high - size
 
 
 def read_rows(path, at, begins, text):
@@ -894,21 +886,20 @@ def call(function, piece):
 def parallel(function, names, part, value, verb):
     """function(slice, value) for every slice of the files, in order, on all cores, with one live
     line on stderr if it takes a while; only a few slices are in memory."""
-    files = find_files(names)
-    total = sum(size for _, size in files) * (part[1] - part[0])
+    files = find_files(names, part)
+    total = sum(end - begin for _, begin, end in files)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, 1 + int(total) // PIECE)
-    work, began, done, line = slices(files, part), time.monotonic(), 0, ""
+    cores = min(cores, 1 + total // PIECE)
+    work, began, done, line = slices(files), time.monotonic(), 0, ""
     interrupts = []                           # raised while a process is forked, it would be lost
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
         with ProcessPoolExecutor(cores, initializer=share, initargs=(value,)) as pool:
-            while some := list(itertools.islice(work, 8 * cores)):
+            while not interrupts and (some := list(itertools.islice(work, 4 * cores))):
                 results = pool.map(call, itertools.repeat(function), some)
                 for (*_, text), result in zip(some, results):
                     if interrupts:
-                        pool.shutdown(cancel_futures=True)
-                        raise KeyboardInterrupt
+                        break
                     yield result
                     done += len(text.encode())
                     seconds = time.monotonic() - began
@@ -916,6 +907,9 @@ def parallel(function, names, part, value, verb):
                         line = (f"{verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, "
                                 f"{seconds * max(0, total / done - 1):.0f} s left")
                         print(f"\r{line:60}", end="", file=sys.stderr, flush=True)
+            pool.shutdown(cancel_futures=True)
+        if interrupts:
+            raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, usual)
         print("\r" + " " * 60 + "\r" if line else "", end="", file=sys.stderr, flush=True)
@@ -964,7 +958,7 @@ def encode_command(args):
             else:
                 parts.append(arrays)          # chats wait in memory: 5 bytes a token at most
         if not numbers["tokens"]:
-            raise ValueError(f"{' '.join(args.files)}: no text in this part")
+            raise ValueError(f"{' '.join(args.files)}: no text in part {args.part}")
         file.seek(0)
         if parts:
             ids, mask, lengths = map(np.concatenate, zip(*parts))
@@ -1002,14 +996,6 @@ def show_command(args):
                 print()
 
 
-def fractions(text):
-    """"0:0.9" -> (0.0, 0.9)"""
-    low, high = map(float, text.split(":"))
-    if not 0 <= low < high <= 1:
-        raise ValueError
-    return low, high
-
-
 def main():
     parser = argparse.ArgumentParser(prog="bpe.py", description="byte-level BPE tokenizer")
     commands = parser.add_subparsers(required=True, metavar="train|encode|show")
@@ -1029,8 +1015,8 @@ def main():
                              help="directory with a tokenizer.json, or such a file")
     for command, what in (train, "directory for tokenizer.json"), (encode, ".npy; for chats .npz"):
         command.add_argument("--out", required=True, help=what)
-        command.add_argument("--part", type=fractions, default=(0, 1), metavar="A:B",
-                             help="only the text from fraction A to B (default 0:1, all)")
+        command.add_argument("--part", default="0:1", metavar="A:B",
+                             help="only the text from fraction A to B (default %(default)s, all)")
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -1282,7 +1282,8 @@ def naive_encode(tokenizer, word):
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "abcde"])
-def test_both_ways_to_merge_equal_the_definition(alphabet):
+def test_both_ways_to_merge_equal_the_definition(alphabet, monkeypatch):
+    monkeypatch.setattr(bpe, "BLOCK", 5000)                 # several blocks of about 100 words
     for seed in range(10):
         corpus = words(300, alphabet, 12, seed)
         small = bpe.Tokenizer.train([" ".join(corpus)] * 2, 256 + (4 if alphabet == "a" else 60))
@@ -1291,6 +1292,12 @@ def test_both_ways_to_merge_equal_the_definition(alphabet):
         for word, ids in zip(some, together):
             assert naive_encode(small, word) == small.merge(word)
             assert naive_encode(small, word) == np.frombuffer(ids, small.dtype).tolist()
+            assert small.encode(word.decode()) == naive_encode(small, word)   # alone, by the heap
+        small.cache = {}
+        small.fill_cache({word.decode() for word in some})
+        for word in some:
+            ids = np.frombuffer(small.cache[word.decode()], small.dtype)
+            assert ids.tolist() == naive_encode(small, word)
 
 
 def test_ids_equal_tokenizers_and_survive_save_and_load(tokenizer, saved):
@@ -1469,12 +1476,14 @@ def test_parts_of_files_partition_exactly(saved, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes((TEXT[:5000] + "中文👍" * 300).encode())
     rows = [{"text": text} for text in fuzz(50, seed=6)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    files = bpe.find_files([str(tmp_path)])
-    whole = [row for piece in bpe.slices(files) for row in bpe.read_rows(*piece)]
+    def rows_of(part="0:1"):
+        return [row for piece in bpe.slices(bpe.find_files([str(tmp_path)], part))
+                for row in bpe.read_rows(*piece)]
+
+    whole = rows_of()
     assert [value for _, value in whole[1:]] == [row["text"] for row in rows]
     for cut in np.linspace(0.001, 0.999, 199):
-        parts = [[value for piece in bpe.slices(files, part) for _, value in bpe.read_rows(*piece)]
-                 for part in ((0, cut), (cut, 1))]
+        parts = [[value for _, value in rows_of(part)] for part in (f"0:{cut}", f"{cut}:1")]
         if isinstance(parts[0], list) and len(parts[0]) == 1:           # the cut is in a.txt
             parts = [[parts[0][0] + parts[1][0]], parts[1][1:]]
         assert parts[0] + parts[1] == [value for _, value in whole]
@@ -1619,7 +1628,8 @@ def test_what_people_get_wrong_ends_in_one_line_and_leaves_nothing(saved, tmp_pa
         (("train", write("empty.txt", b""), *train, 300), "empty.txt"),
         (("train", good, *train, 258), "259"),
         (("train", good, *train, 5000), "at most|or less"),
-        (("train", good, *train, 300, "--part", "0.5:0.1"), "part"),
+        (("train", good, *train, 300, "--part", "0.5:0.1"), "part 0.5:0.1"),
+        (("train", good, *train, 300, "--part", "half"), "half"),
         (("encode", write("bad.txt", b"good \xff bad"), *encode, out), "bad.txt.*byte 5"),
         (("encode", write("bad.jsonl", b'{"text": "a"}\n{"text": \n'), *encode, out), "line 2"),
         (("encode", write("odd.jsonl", b'{"txt": "a"}\n'), *encode, out), "line 1.*txt"),
