@@ -37,12 +37,19 @@ Legend, in all files: B rows in a batch, T time, that is tokens or places in a r
 head size (head_dim), V vocabulary (vocab_size). Autocast is torch's way to multiply in fewer bits
 than the weights have.
 """
+import argparse
 import ctypes
+import hashlib
 import json
 import math
 import mmap
 import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -433,8 +440,8 @@ class GPT(nn.Module):
     def count_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    def flops_per_token(self) -> int:
-        """Forward and backward, floating-point operations, at full block_size.
+    def flops_per_token(self, T: int | None = None) -> int:
+        """Forward and backward, floating-point operations, in rows of T tokens (or block_size).
 
         Each weight of a matrix is one multiply-add forward and two backward: 6 operations. An input
         embedding is a look-up and costs nothing, but the output matrix does. Per head, q k^T and
@@ -444,7 +451,7 @@ class GPT(nn.Module):
         c = self.config
         matrices = sum(w.numel() for w in self.layers.parameters() if w.dim() == 2)
         return 6 * (matrices + self.head.weight.numel()) + (
-            12 * c.n_layer * c.n_head * c.head_dim * c.block_size)
+            12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size))
 
     def cache_bytes_per_token(self) -> int:
         """What generation keeps in memory for each place: a key and a value per layer and head."""
@@ -520,23 +527,24 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------ files
 
-    def save_pretrained(self, directory, **extra):
+    def save_pretrained(self, directory, weights: dict | None = None, **extra):
         """Write config.json and model.safetensors, the layout of the family at Hugging Face.
 
-        extra: more entries for config.json, such as eos_token_id. Each file is replaced whole.
+        weights: to write instead of its own. extra: more entries for config.json, such as
+        eos_token_id. Each file is replaced whole.
         """
         if self.head.scale is not None:
             raise ValueError("int8 is for generation only: other programs can't open such files")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = self.state_dict()
+        tensors = self.state_dict() if weights is None else weights
+        dtype = str(tensors["norm.weight"].dtype).removeprefix("torch.")
         if self.config.family == "gpt2":
             tensors = to_gpt2(tensors)
         else:
             tensors = {name if name.startswith("lm_head") else f"model.{name}": weight
                        for name, weight in tensors.items()}
         write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
-        dtype = str(self.norm.weight.dtype).removeprefix("torch.")
         with write_whole(directory / "config.json") as file:
             entries = write_config(self.config) | {"torch_dtype": dtype} | extra
             file.write(json.dumps(entries, indent=2).encode())
@@ -895,17 +903,22 @@ def read_model(directory: Path, adopt) -> dict:
     return tensors
 
 
-# ---------------------------------------------------------------- what training needs
+# ---------------------------------------------------------------- training: the machine
+
+# From here on: what train.py and finetune.py share. Who wants only the model may stop reading.
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device asked for, or the best one here; sets up its memory (see keep_freed_memory).
-    Raises ValueError if it can't be used."""
+    Raises ValueError if it can't be used. torchrun gives each process a GPU of its own."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
             "cpu": True}
     name = name or next(kind for kind, works in here.items() if works)
     if not here.get(name):
         raise ValueError(f"device {name!r} is not available here; there is: "
                          + ", ".join(kind for kind, works in here.items() if works))
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
@@ -934,7 +947,7 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 
     bf16 has the range of fp32 with 8 bits of precision: enough for products, and twice to ten times
     as fast where the hardware has it. fp16 has more precision and far less range, so that small
-    gradients vanish unless the loss is scaled up first (train.py does it); it is for old GPUs.
+    gradients vanish unless the loss is scaled up first (GradScaler in fit); it is for old GPUs.
     """
     if name:
         return DTYPES[name]
@@ -948,8 +961,105 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     for dtype in torch.float32, torch.bfloat16:
         a = torch.ones(512, 512, dtype=dtype)
         seconds[dtype] = min(timeit.repeat(lambda: a @ a, number=1, repeat=9))
-    return min(seconds, key=seconds.get)
+    faster = add_up(seconds[torch.bfloat16] < seconds[torch.float32])       # all choose the same
+    return torch.bfloat16 if 2 * faster > process_count() else torch.float32
 
+
+# Products a second in bf16 or fp16, without sparsity, by NVIDIA's data sheets.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the device could do at best, per second; None where no data sheet is known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+# ---------------------------------------------------------------- training: many processes
+
+# torchrun starts a script several times, once for each GPU, and tells each its number (RANK) in the
+# environment. All have the same weights, compute the gradient of their own share of each batch, and
+# add these up: then all take the same step. With one process, these functions do nothing.
+
+def join_processes(device: torch.device) -> int:
+    """Meet the other processes, if torchrun started any. -> this one's number, from 0."""
+    if "RANK" not in os.environ:
+        return 0
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank = torch.distributed.get_rank()
+    if rank:        # one speaks for all
+        sys.stdout = open(os.devnull, "w")
+    return rank
+
+
+def process_count() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def add_up(number: float) -> float:
+    """The sum over all processes. They wait here for each other."""
+    if process_count() == 1:
+        return float(number)
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(float(number), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.item()
+
+
+def shard(model):
+    """FSDP2 (arXiv:2304.11277): each process keeps its part of every weight, gradient and optimizer
+    state; a layer's weights are put together when their turn comes, and let go. For models that
+    don't fit one device."""
+    from torch.distributed.fsdp import fully_shard
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def whole(tensor):
+    """The tensor of which a process may hold only a part. All processes must ask together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_like(tensor, weight):
+    """The other way: of a whole tensor the part that this process keeps of `weight`."""
+    if not hasattr(weight, "placements") or tensor.shape != weight.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
+
+
+# ---------------------------------------------------------------- training: an order for the data
+
+def mix(*numbers: int) -> int:
+    """A number below 2^63 for each tuple of numbers: random-looking, and the same everywhere."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def shuffled(i: int, n: int, *key: int) -> int:
+    """Where i goes in the key's shuffle of range(n), without a table of n entries.
+
+    A Feistel network: the halves of i's bits are mixed into each other in turn, which could be
+    undone step by step, so no two i meet. It shuffles the numbers below the next power of 4; one
+    that lands at n or above is shuffled again.
+    """
+    half = (max(1, (n - 1).bit_length()) + 1) // 2
+    while True:
+        left, right = i >> half, i & ((1 << half) - 1)
+        for turn in range(4):
+            left, right = right, left ^ (mix(right, turn, *key) & ((1 << half) - 1))
+        i = left << half | right
+        if i < n:
+            return i
+
+
+# ---------------------------------------------------------------- training: one step
 
 def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
     """AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.
@@ -963,12 +1073,12 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
     gradient equally strong, so that rare ones are learned as fast as common ones. Its update is
     scaled to the size of AdamW's (there, section 2.2), so that one --lr serves both.
     """
-    hidden = []
+    hidden, weights = [], [w for w in model.parameters() if w.requires_grad]
     if name == "muon":
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
         hidden = [w for w in model.layers.parameters() if w.dim() == 2]
-    rest = [w for w in model.parameters() if all(w is not h for h in hidden)]
+    rest = [w for w in weights if all(w is not h for h in hidden)]
     groups = [{"params": [w for w in rest if w.dim() == 2], "weight_decay": weight_decay},
               {"params": [w for w in rest if w.dim() < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
@@ -976,41 +1086,150 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
         hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to 0, in `max_steps` steps altogether.
+def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int,
+                  schedule: str = "cosine") -> float:
+    """Linear warm-up to `peak`; then half a cosine down to 0 ("cosine"), or `peak` until the last
+    fifth of the run and a straight line down to 0 ("wsd": warm-up, stable, decay).
 
     Warm-up, because AdamW's first averages rest on few gradients; decay, because near the end small
     steps average out the noise of the batches; down to 0 and not to a tenth, as many do, after
-    arXiv:2502.15938 (which prefers a straight line).
+    arXiv:2502.15938. wsd (arXiv:2404.06395, section 4; a fifth: arXiv:2405.18392) ends as well as
+    the cosine, and until the decay begins a run may still be made longer.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    if schedule == "wsd":
+        return peak * min(1.0, 5 * (1 - progress))
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def accumulate_gradients(forward, tokens, targets, micro_batch: int, device, autocast,
-                         scaler) -> float:
-    """Add the gradient of the whole batch to the weights' .grad; return its loss, nats per target.
+def accumulate_gradients(model, share_of, rows: int, micro_batch: int, scaler) -> tuple[float, int]:
+    """Add the gradient of this process's rows to the weights' .grad, in pieces that fit the memory.
 
-    tokens, targets (B, T). micro_batch rows go through at once, to fit the memory. Each piece's
-    mean loss counts by its share of the target tokens, so that the pieces add up to the mean over
-    the whole batch whatever the cut; dividing by the number of pieces would not, as soon as they
-    hold different numbers of targets. forward is the model, perhaps compiled.
+    share_of(first, last) is what those rows add to the loss of the whole batch: the sum over their
+    targets, divided by the number of targets in all rows of all processes. So the pieces add up to
+    the mean over the batch however it is cut; to average the means of the pieces would not, as soon
+    as they hold different numbers of targets.
+    Where memory runs out, the pieces are halved and the step is begun again.
+    -> (the rows' share of the loss, the size of pieces that fitted).
     """
-    count, loss = max(1, int((targets != -100).sum())), 0.0
-    for x, y in zip(tokens.split(micro_batch), targets.split(micro_batch)):
-        share = int((y != -100).sum()) / count
-        with autocast():
-            part = forward(x.to(device), y.to(device)) * share
-        scaler.scale(part).backward()
-        loss += part.detach()
-    return loss.item()
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    # FSDP averages gradients over the processes as they are made; this makes it a sum.
+    scale = process_count() if sharded else 1
+    while True:
+        try:
+            loss = 0.0
+            for first in range(0, rows, micro_batch):
+                part = share_of(first, min(first + micro_batch, rows))
+                scaler.scale(part * scale).backward()
+                loss += part.detach()
+            return float(loss), micro_batch
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not re.search(
+                    "out of memory|allocate memory|enough memory", str(error)):
+                raise
+        # Under FSDP the processes compute in step: one alone can't begin again.
+        if micro_batch == 1 or sharded:
+            raise ValueError("out of memory: try a smaller --micro_batch or --block_size, or a "
+                             "smaller model")
+        model.zero_grad()
+        micro_batch //= 2
+        print(f"\nout of memory; from now on {micro_batch} rows at once", flush=True)
 
 
-def draw_losses(path, curves: dict[str, list[tuple[float, float]]], x_title: str, y_title: str):
-    """Write {name: [(x, y), ...]} as a picture for any browser, on light and dark screens."""
-    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
+def update(model, optimizers, scaler, grad_clip: float) -> float:
+    """One step by the gradients of all processes, which are then forgotten. -> their norm, before
+    it was clipped; where that is not finite, the weights stay as they are."""
+    if process_count() > 1 and not hasattr(model, "set_requires_gradient_sync"):
+        # What DistributedDataParallel does alongside the last backward pass. Here it comes after
+        # it: a process that ran out of memory can begin again without asking the others.
+        for waiting in [torch.distributed.all_reduce(weight.grad, async_op=True)
+                        for weight in model.parameters() if weight.grad is not None]:
+            waiting.wait()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
+    if math.isfinite(grad_norm):
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad()
+    return grad_norm
+
+
+# ---------------------------------------------------------------- training: the files of a run
+
+def save_run(out: Path, model, weights: dict, optimizers, notes: dict, extra: dict, rank: int):
+    """Replace the checkpoint, then the model for others, each in one step. Raises OSError.
+
+    trainer_state.safetensors holds all that resuming needs, the weights too, so that a kill between
+    the two does no harm: model.safetensors is one save behind at worst. All processes bring their
+    parts of the optimizers' state, the first one writes.
+    """
+    tensors = {f"model.{name}": weight for name, weight in weights.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{key}": whole(value)
+                        for key, value in state.items()}
+    if rank == 0:
+        write_safetensors(out / "trainer_state.safetensors", tensors,
+                          {name: json.dumps(value) for name, value in notes.items()})
+        model.save_pretrained(out, weights, **extra)
+        draw_losses(out)
+
+
+def restore_run(tensors: dict, model, optimizers):
+    """Put a checkpoint back, whole or in parts. Tensors are copied, because a product of matrices
+    can differ in the last bit with the alignment of its memory, and views of a file are aligned
+    otherwise."""
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            weight.copy_(part_like(tensors[f"model.{name}"], weight))
+    for number, optimizer in enumerate(optimizers):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        state = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                *_, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = part_like(
+                    tensor.clone(), weights[int(index)])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def copy_tokenizer(folder: Path, out: Path) -> dict:
+    """Put the tokenizer beside the model; return what config.json says of it ({}: none there)."""
+    if not (folder / "tokenizer_config.json").exists():
+        return {}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        with write_whole(out / name) as file:
+            file.write((folder / name).read_bytes())
+    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    extra = {f"{kind}_token_id": ids[names[f"{kind}_token"]] for kind in ("bos", "eos")
+             if names.get(f"{kind}_token") in ids}
+    with write_whole(out / "generation_config.json") as file:
+        file.write(json.dumps(extra, indent=2).encode())
+    return extra
+
+
+def rewind(metrics: Path, step: int):
+    """Drop the lines after `step`: a killed run has measured what it then lost."""
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with write_whole(metrics) as file:
+            file.write("".join(kept).encode())
+
+def draw_losses(out: Path):
+    """OUT/loss.svg, for any browser, on light and dark screens: "loss" and "val_loss" of
+    OUT/metrics.jsonl over the steps."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    curves = {name: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+              for name, key in (("training", "loss"), ("held out", "val_loss"))}
+    points = [point for curve in curves.values() for point in curve]
     if not points:
         return
     right = max(x for x, _ in points) or 1
@@ -1018,26 +1237,266 @@ def draw_losses(path, curves: dict[str, list[tuple[float, float]]], x_title: str
     high = max(high, low + 1e-3)
 
     def place(x, y):
-        return f"{60 + 520 * x / right:.1f},{20 + 300 * (high - y) / (high - low):.1f}"
+        return round(60 + 520 * x / right, 1), round(20 + 300 * (high - y) / (high - low), 1)
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 370" '
              'font-family="sans-serif" font-size="12">',
              "<style>svg{background:#fff;color:#222}text{fill:currentColor}"
              ".c0{color:#3b7dd8}.c1{color:#d8643b}line{stroke:currentColor;opacity:.2}"
              "polyline{fill:none;stroke:currentColor;stroke-width:1.5}"
              "@media(prefers-color-scheme:dark){svg{background:#161616;color:#ddd}}</style>"]
-    for i in range(5):          # five grid lines each way, with the number they stand for
-        x, y = right * i / 4, low + (high - low) * i / 4
-        left, bottom = place(0, y).split(","), place(x, low).split(",")
-        parts += [f'<line x1="60" x2="580" y1="{left[1]}" y2="{left[1]}"/>',
-                  f'<text x="54" y="{float(left[1]) + 4}" text-anchor="end">{y:.2f}</text>',
-                  f'<text x="{bottom[0]}" y="338" text-anchor="middle">{x:,.0f}</text>']
+    for i in range(5):          # five grid lines, with the numbers they stand for on both axes
+        left, bottom = right * i / 4, low + (high - low) * i / 4
+        x, y = place(left, bottom)
+        parts += [f'<line x1="60" x2="580" y1="{y}" y2="{y}"/>',
+                  f'<text x="54" y="{y + 4}" text-anchor="end">{bottom:.2f}</text>',
+                  f'<text x="{x}" y="338" text-anchor="middle">{left:,.0f}</text>']
     for i, (name, curve) in enumerate(curves.items()):
-        line = " ".join(place(x, y) for x, y in curve if math.isfinite(y))
-        parts += [f'<polyline class="c{i % 2}" points="{line}"/>',
-                  f'<text x="574" y="{36 + 18 * i}" text-anchor="end" class="c{i % 2}">'
+        line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve))
+        parts += [f'<polyline class="c{i}" points="{line}"/>',
+                  f'<text x="574" y="{36 + 18 * i}" text-anchor="end" class="c{i}">'
                   f'{name} {curve[-1][1]:.3f}</text>' if curve else ""]
-    parts += [f'<text x="320" y="360" text-anchor="middle">{x_title}</text>',
+    parts += ['<text x="320" y="360" text-anchor="middle">step</text>',
               '<text transform="translate(14 170) rotate(-90)" text-anchor="middle">'
-              f"{y_title}</text>", "</svg>"]
-    with write_whole(path) as file:
+              "loss, nats per token</text>", "</svg>"]
+    with write_whole(out / "loss.svg") as file:
         file.write("\n".join(parts).encode())
+
+
+# ---------------------------------------------------------------- training: the flags of a run
+
+def wrong_flag(message: str):
+    """argparse would print its whole usage; one line is what a person reads."""
+    raise ValueError(f"{message}; see --help")
+
+
+def add_flags(parser: argparse.ArgumentParser):
+    """The flags that train.py and finetune.py have in common; what they set by default differs."""
+    parser.error = wrong_flag
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--micro_batch", default="auto", help="rows computed at once, or auto: many, and fewer "
+        "when memory runs out; the optimisation stays the same [%(default)s]")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more from "
+        "each batch, and needs torch 2.9 [%(default)s]")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="how the learning rate "
+        "falls: all the way, or in the last fifth [%(default)s]")
+    add("--weight_decay", type=float, default=0.1, help="of the matrices, times the learning rate "
+        "[%(default)s]")
+    add("--warmup_steps", type=int, default=30, help="steps until --lr is reached [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; a longer one "
+        "is scaled down to it [%(default)s]")
+    add("--dropout", type=float, default=0.0, help="raise it when a small text is seen many times "
+        "and the held-out loss turns upwards [%(default)s]")
+    add("--seed", type=int, default=1, help="of first weights, batches, dropout [%(default)s]")
+    add = parser.add_argument_group("running").add_argument
+    add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
+    add("--resume", action="store_true", help="go on with the run in --out [the newest one]")
+    add("--device", choices=("cpu", "cuda", "mps"), help="[the fastest one here]")
+    add("--dtype", choices=tuple(DTYPES), help="of products [the best one here]")
+    add("--fsdp", action="store_true", help="under torchrun: divide the weights among the "
+        "processes, for a model larger than one device")
+    add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
+    add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
+    add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
+
+
+# What a resumed run may change: nothing that would make it another run than the one that stopped,
+# but for its length (which moves the learning rate from then on) and where and how it computes.
+MAY_CHANGE = {"out", "resume", "max_steps", "epochs", "micro_batch", "device", "dtype", "compile",
+              "fsdp", "eval_every", "eval_tokens", "save_every", "log_every"}
+
+
+def read_flags(parser: argparse.ArgumentParser, argv) -> tuple:
+    """Flags -> (settings, tensors of the run to resume or None, what that run noted).
+
+    Paths become whole, so that a run can be resumed from another folder. ValueError, one line, for
+    what can be seen to be wrong without the data.
+    """
+    def parse():
+        args = parser.parse_args(argv)
+        for name in "data", "val_data", "model":
+            value = getattr(args, name, None)
+            if value:
+                setattr(args, name, [str(Path(path).resolve()) for path in value]
+                        if isinstance(value, list) else str(Path(value).resolve()))
+        return args
+    args, tensors, noted, script = parse(), None, {}, parser.prog
+    if args.resume:
+        states = sorted(Path("out").glob("*/trainer_state.safetensors"),
+                        key=lambda file: file.stat().st_mtime)
+        out = Path(args.out) if args.out else states[-1].parent if states else Path("out")
+        if not (out / "trainer_state.safetensors").is_file():
+            raise ValueError(f"nothing to resume: {out} holds no trainer_state.safetensors")
+        tensors, noted = read_safetensors(out / "trainer_state.safetensors")
+        noted = {name: json.loads(text) for name, text in noted.items()}
+        if noted.get("script") != script:
+            raise ValueError(f"{out} is not a run of {script}, but of {noted.get('script')}")
+        parser.set_defaults(**noted["args"])    # a flag given again wins over the saved value
+        args = parse()
+        args.out = str(out)
+        for name, value in noted["args"].items():
+            if name not in MAY_CHANGE and getattr(args, name) != value:
+                raise ValueError(f"--{name} was {value} in {out} and can't become "
+                                 f"{getattr(args, name)} now: leave it out, or start a new run")
+    if args.micro_batch != "auto":
+        if not str(args.micro_batch).isdecimal():
+            raise ValueError(f"--micro_batch is {args.micro_batch}; it must be a number or auto")
+        args.micro_batch = int(args.micro_batch)
+    for name, value in vars(args).items():      # what counts or scales is above 0
+        if type(value) in (int, float) and not value > 0 and name not in (
+                "seed", "dropout", "weight_decay", "warmup_steps", "label_smoothing", "lora"):
+            raise ValueError(f"--{name} is {value}; it must be above 0")
+    return args, tensors, noted
+
+
+def out_folder(args, name: str) -> Path:
+    """Where the run goes. A new run never overwrites an old one."""
+    out, number = Path(args.out or f"out/{name}"), 2
+    while not args.out and out.exists():
+        out, number = Path(f"out/{name}-{number}"), number + 1
+    if not args.resume and any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} holds a model: go on with it by --resume, or choose another --out")
+    return out
+
+
+def nearby(path: Path) -> Path:
+    """The short way to write a path, where there is one."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def run(script: str, *arguments):
+    """Run another script of this project, after printing the command. Its errors are its own."""
+    script, arguments = Path(__file__).resolve().parent / script, list(map(str, arguments))
+    print("$ python " + shlex.join([str(nearby(script)), *arguments]), flush=True)
+    code = subprocess.run([sys.executable, str(script), *arguments]).returncode
+    if code:
+        sys.exit(code)
+
+
+# ---------------------------------------------------------------- training: the loop
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def fit(args, out: Path, model, dtype, learn, evaluate, tensors, noted: dict, notes: dict,
+        tokenizer: Path) -> int:
+    """Train `model` from step 0, or from where `tensors` and `noted` (see read_flags) left it.
+
+    learn(step, scaler) adds the gradient of this process's share of a batch to the weights' .grad
+    and returns what to log of the whole batch: "loss", "tokens" and "flops" at least.
+    evaluate(last) returns what to log of the held-out data, "val_loss" at least ("comparable", if
+    that one was computed on more than usual), and words for it. `notes` is kept for the one who
+    resumes; `tokenizer` is the folder with the model's. Returns the exit code: 0, or 128 + the
+    number of the signal that stopped the run; 2 if the last save failed.
+    """
+    rank = torch.distributed.get_rank() if process_count() > 1 else 0
+    device = next(model.parameters()).device
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, tokens, seconds_before, best, skipped = 0, 0, 0.0, math.inf, 0
+    if tensors:
+        restore_run(tensors, model, optimizers)
+        tensors.clear()     # lets go of the file, which is about to be replaced
+        if noted["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(noted["scaler"])
+        step, tokens, seconds_before = noted["step"], noted["tokens"], noted["seconds"]
+        best = noted["best"] or math.inf
+    args.eval_every = args.eval_every or max(1, math.ceil(args.max_steps / 10))
+    args.save_every = args.save_every or args.eval_every
+    peak = peak_flops(device, dtype)
+
+    # From here on things are written, by the first process.
+    extra, metrics = {}, open(os.devnull, "w")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        extra = copy_tokenizer(tokenizer, out)
+        rewind(out / "metrics.jsonl", step)
+        metrics = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)   # whole lines
+    stopped_by = []         # filled by a signal, looked at once a step
+
+    def stop(number, frame):
+        if stopped_by:
+            raise KeyboardInterrupt     # asked twice: at once
+        stopped_by.append(number)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # On a terminal the line of a step replaces the one before.
+    again, newline, end = ("\r", "\n", "") if sys.stdout.isatty() else ("", "", "\n")
+    begin = since = time.perf_counter()
+    since_step, since_tokens, flops, stopping = step, tokens, 0, 0
+    model.train()
+
+    while step < args.max_steps and not stopping:
+        # ---- One step. Dropout, too, is a function of the step.
+        torch.manual_seed(mix(args.seed, step, rank))
+        lr = learning_rate(step, args.lr, args.warmup_steps, args.max_steps, args.schedule)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        learned = learn(step, scaler)
+        grad_norm = update(model, optimizers, scaler, args.grad_clip)
+        step, tokens = step + 1, tokens + learned.pop("tokens")
+        flops += learned.pop("flops")
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+        if skipped:     # to take such a step would ruin the weights
+            print(f"{newline}step {step}: the gradient is not finite, weights left as they are "
+                  f"({skipped} in a row)")
+        if skipped == 20:
+            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+
+        # ---- Once in a while: say where we are, evaluate, save.
+        last, stopping = step == args.max_steps, add_up(len(stopped_by))    # all stop, or none
+        evaluating = last or step % args.eval_every == 0
+        saving = last or stopping or step % args.save_every == 0
+        logging = evaluating or step % args.log_every == 0
+        now = time.perf_counter()
+        row = {"step": step, "tokens": tokens, "seconds": round(seconds_before + now - begin, 3),
+               **learned, "lr": lr, "grad_norm": grad_norm}
+        if logging:
+            words = "  ".join(f"{name} {value:.4f}" for name, value in learned.items())
+            if peak:        # model FLOPs utilisation: arXiv:2204.02311, appendix B
+                row["mfu"] = flops / (now - since) / peak / process_count()
+                words += f"  MFU {row['mfu']:.1%}"
+            print(f"{again}step {step:>5}/{args.max_steps}  {words}  lr {lr:.2e}  grad_norm "
+                  f"{grad_norm:5.2f}  {(tokens - since_tokens) / (now - since):>7,.0f} tokens/s  "
+                  f"{clock((args.max_steps - step) * (now - since) / (step - since_step))} left ",
+                  end=end, flush=True)
+        better = False
+        if evaluating:
+            model.eval()
+            found, words = evaluate(last)
+            model.train()
+            loss = found.pop("comparable", found["val_loss"])
+            better, best = loss < best, min(loss, best)
+            row |= found
+            print(f"{newline}step {step:>5}  held out: {words}", flush=True)
+        try:
+            if logging:     # JSON has no nan
+                metrics.write(json.dumps({key: value if math.isfinite(value) else None
+                                          for key, value in row.items()}) + "\n")
+            if saving or better:
+                weights = {name: whole(weight) for name, weight in model.state_dict().items()}
+            if better and rank == 0:
+                model.save_pretrained(out / "best", weights, **extra)
+                copy_tokenizer(tokenizer, out / "best")
+            if saving:
+                save_run(out, model, weights, optimizers, notes | {
+                    "args": vars(args), "step": step, "tokens": tokens, "seconds": row["seconds"],
+                    "best": best if math.isfinite(best) else None,
+                    "scaler": scaler.state_dict()}, extra, rank)
+        except OSError as error:
+            print(f"{newline}could not write all of {out}, where the last whole checkpoint still "
+                  f"stands: {error}", flush=True)
+            if last or stopping:
+                return 2
+        if logging or saving:
+            since, since_step, since_tokens, flops = time.perf_counter(), step, tokens, 0
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if step < args.max_steps:
+        print(f"{newline}stopped after step {step}, which is saved; to go on:\n"
+              f"    python {notes['script']} --resume --out {shlex.quote(str(out))}")
+        return 128 + (stopped_by or [signal.SIGTERM])[0]
+    return 0

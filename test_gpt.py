@@ -260,10 +260,14 @@ def test_the_cut_of_a_batch_into_pieces_does_not_change_the_gradient():
     for row in range(8):
         targets[row, row + 2:] = -100       # rows with 2, 3, ... 9 targets
 
+    def share_of(first, last):
+        losses = model(tokens[first:last], targets[first:last], reduction="none")
+        return losses.sum() / (targets != -100).sum()
+
     def gradient(micro_batch):
         model.zero_grad()
-        loss = gpt.accumulate_gradients(model, tokens, targets, micro_batch, "cpu", fp32,
-                                        torch.amp.GradScaler("cpu", enabled=False))
+        loss, _ = gpt.accumulate_gradients(model, share_of, 8, micro_batch,
+                                           torch.amp.GradScaler("cpu", enabled=False))
         return loss, torch.cat([w.grad.flatten() for w in model.parameters()])
     loss, whole = gradient(8)
     assert loss == pytest.approx(model(tokens, targets).item(), rel=1e-12)
@@ -637,15 +641,20 @@ def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_
     for epoch in range(2):
         starts = []
         for step in range(11 * epoch, 11 * epoch + 11):
-            x, y = train.batch(tokens, step, rows, T, seed=5)
+            x, y = train.batch(tokens, step * rows, rows, T, seed=5)
             assert x.shape == y.shape == (9, 10) and torch.equal(x + 1, y)
-            assert torch.equal(x, train.batch(tokens, step, rows, T, seed=5)[0])
+            # of two processes each makes its own part
+            shares = [train.batch(tokens, step * rows + first, count, T, seed=5)[0]
+                      for first, count in ((0, 4), (4, 5))]
+            assert torch.equal(x, torch.cat(shares))
             starts += x[:, 0].tolist()
         starts.sort()
         first.add(starts[0])
         assert len(starts) == n and set(np.diff(starts)) == {T} and starts[0] < T
     assert len(first) == 2      # each epoch is cut at places of its own
-    assert not torch.equal(x, train.batch(tokens, step, rows, T, seed=6)[0])
+    assert not torch.equal(x, train.batch(tokens, step * rows, rows, T, seed=6)[0])
+    shards = train.Tokens([tokens[:3], tokens[3:3], tokens[3:500], tokens[500:]])
+    assert torch.equal(x, train.batch(shards, step * rows, rows, T, seed=5)[0])
     shortest = train.batch(tokens[:T + 1], 3, 2, T, 1)
     assert shortest[1].tolist() == [list(range(1, 11))] * 2
 
@@ -658,11 +667,9 @@ def test_evaluation_predicts_every_token_once():
         begin = (place - 1) // T * T
         logits = model(torch.tensor(tokens[None, begin:place]))[0, -1]
         losses.append(F.cross_entropy(logits, torch.tensor(tokens[place])).item())
-    result = train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=75)
-    assert result["val_tokens"] == 74
-    assert result["val_loss"] == pytest.approx(sum(losses) / 74, rel=1e-5)
-    some = train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=24)
-    assert 16 <= some["val_tokens"] <= 24
+    loss, count = train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=75)
+    assert count == 74 and loss == pytest.approx(sum(losses) / 74, rel=1e-5)
+    assert 16 <= train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=24)[1] <= 24
 
 
 # ---------------------------------------------------------------- train.py: whole runs
@@ -720,7 +727,7 @@ def test_a_run_learns_says_what_it_does_and_speaks(unbroken, place, text):
     rows = losses(folder)
     assert [row[0] for row in rows] == list(range(1, 61))
     assert rows[0][1] == pytest.approx(math.log(300) + 0.15, abs=0.15) and rows[-1][1] < 5
-    for needed in ("$ python bpe.py train", "$ python bpe.py encode", "parameters", "rows of 16",
+    for needed in ("$ python bpe.py train", "$ python bpe.py encode", "parameters", "rows at once of 16",
                    "held out", "bits per byte", "$ python sample.py out/unbroken", "Now you:"):
         assert needed in said
     # bits per byte, by hand: nats of the whole held-out text / its bytes / ln 2
@@ -839,7 +846,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_is_reported(
         if len(saves) == 2:
             raise OSError(28, "No space left on device")
         write(path, *rest)
-    monkeypatch.setattr(train, "write_safetensors", write_until_full)
+    monkeypatch.setattr(gpt, "write_safetensors", write_until_full)
     monkeypatch.chdir(unbroken[0].parent.parent)
     tokens = next(unbroken[0].parent.parent.glob("data/tokens/manual-300-*/train.npy"))
     code = train.main(["--data", str(tokens), "--out", str(tmp_path / "run"), "--max_steps", "10",
@@ -879,7 +886,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
             ("--data text --n_head x", "--n_head"),
             ("--fly", "--fly"),
             ("--data text --batch_tokens 100", "--batch_tokens 100"),
-            ("--data text --micro_batch 3", "--micro_batch 3"),
+            ("--data text --micro_batch 3 --batch_tokens 2048", "--micro_batch 3"),
             ("--data text --block_size 0", "--block_size"),
             ("--val_data text", "--val_data"),
             ("--data negative.npy", "negative"),
