@@ -394,9 +394,9 @@ class GPT(nn.Module):
         x, angles = self.embed_tokens.rows(tokens), None                                # (B, T, C)
         if self.config.family != "gpt2":
             angles = rotary(positions, self.config)
-        elif start + T > self.config.block_size:
-            raise ValueError(f"{start + T} places; this model has learned "
-                             f"{self.config.block_size} positions")
+        elif (end := start + (T if lengths is None else max(lengths))) > self.config.block_size:
+            raise ValueError(f"{end} places; this model has learned {self.config.block_size} "
+                             "positions")
         else:
             x = x + self.embed_positions.rows(positions)
         if torch.is_autocast_enabled(x.device.type):
@@ -1302,7 +1302,7 @@ def add_flags(parser: argparse.ArgumentParser):
 # What a resumed run may change: nothing that would make it another run than the one that stopped,
 # but for its length (which moves the learning rate from then on) and where and how it computes.
 MAY_CHANGE = {"out", "resume", "max_steps", "epochs", "micro_batch", "device", "dtype", "compile",
-              "fsdp", "eval_every", "eval_tokens", "save_every", "log_every"}
+              "recompute", "fsdp", "eval_every", "eval_tokens", "save_every", "log_every"}
 
 
 def read_flags(parser: argparse.ArgumentParser, argv) -> tuple:
@@ -1385,7 +1385,8 @@ def fit(args, out: Path, model, dtype, learn, evaluate, tensors, noted: dict, no
     """Train `model` from step 0, or from where `tensors` and `noted` (see read_flags) left it.
 
     learn(step, scaler) adds the gradient of this process's share of a batch to the weights' .grad
-    and returns what to log of the whole batch: "loss", "tokens" and "flops" at least.
+    and returns what to log of the whole batch: "loss", "tokens" and "flops" at least; "more", if
+    there, is a dict of what is logged, but not printed.
     evaluate(last) returns what to log of the held-out data, "val_loss" at least ("comparable", if
     that one was computed on more than usual), and words for it. `notes` is kept for the one who
     resumes; `tokenizer` is the folder with the model's. Returns the exit code: 0, or 128 + the
@@ -1437,7 +1438,7 @@ def fit(args, out: Path, model, dtype, learn, evaluate, tensors, noted: dict, no
         learned = learn(step, scaler)
         grad_norm = update(model, optimizers, scaler, args.grad_clip)
         step, tokens = step + 1, tokens + learned.pop("tokens")
-        flops += learned.pop("flops")
+        flops, more = flops + learned.pop("flops"), learned.pop("more", {})
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
         if skipped:     # to take such a step would ruin the weights
             print(f"{newline}step {step}: the gradient is not finite, weights left as they are "
@@ -1452,7 +1453,7 @@ def fit(args, out: Path, model, dtype, learn, evaluate, tensors, noted: dict, no
         logging = evaluating or step % args.log_every == 0
         now = time.perf_counter()
         row = {"step": step, "tokens": tokens, "seconds": round(seconds_before + now - begin, 3),
-               **learned, "lr": lr, "grad_norm": grad_norm}
+               **learned, **more, "lr": lr, "grad_norm": grad_norm}
         if logging:
             words = "  ".join(f"{name} {value:.4f}" for name, value in learned.items())
             if peak:        # model FLOPs utilisation: arXiv:2204.02311, appendix B
