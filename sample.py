@@ -276,9 +276,8 @@ def nats(model, rows, context: int) -> np.ndarray:
             inputs.append(torch.from_numpy(ids[:-1]))
             targets.append(torch.from_numpy(np.where(mask[1:], ids[1:], -100)))     # -100: no cost
         lengths = [len(row) for row in inputs]
-        # (N, 1), one column: where rows begin and end is said by the lengths alone.
-        column, target = (torch.cat(part)[:, None].to(device) for part in (inputs, targets))
-        paid = model(column, target, lengths=lengths, reduction="none")[:, 0].double()
+        packed, target = (torch.cat(part)[None].to(device) for part in (inputs, targets))
+        paid = model(packed, target, lengths=lengths, reduction="none")[0].double()
         costs[some] = [row.sum().item() for row in paid.split(lengths)]
         progress(len(waiting))
     return costs
@@ -405,21 +404,19 @@ def pass_at(k: int, n: int, right: int) -> float:
 def measure_answers(model, tokenizer, tests, n: int, seed: int, how: dict) -> dict:
     """Write n answers to each prompt; one is right that equals the answer but for blanks around.
 
-    Who goes on with a text does not stop after the answer. So there, if that is a single line, only
-    the first line counts; in a chat, where turns end, all does.
+    Who goes on with a text does not stop after the answer. So there, if that is a single line, the
+    end of the first line is the end; in a chat, where turns end, all counts.
     """
     ends = end_tokens(tokenizer)
     newlines = {i for i in range(len(tokenizer)) if b"\n" in token_bytes(tokenizer, i)}
     right = []                                              # how many of n, for each prompt
     for _, prompt, answer, is_text in tests:
-        line = is_text and "\n" not in answer
-        stop, count = ends | (newlines if line else set()), 0
+        stop, count = ends | (newlines if is_text and "\n" not in answer else set()), 0
         steps = model.generate([prompt] * n, stop=stop, seed=seed + len(right), **how)
         for ids in torch.stack(list(steps), dim=1).tolist():            # n rows
             end = next((t for t, i in enumerate(ids) if i in stop), len(ids))
             said = b"".join(token_bytes(tokenizer, i) for i in ids[:end + 1] if i not in ends)
-            said = said.decode("utf-8", "replace")
-            count += answer == (said.split("\n")[0] if line else said).strip()
+            count += answer == said.decode("utf-8", "replace").strip()
         right.append(count)
         progress(len(tests) - len(right))
     ks = [2**j for j in range(n.bit_length())]
@@ -547,32 +544,31 @@ def wrong_flag(message: str):
 def read_flags(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Talk to a model, measure it, look inside it.")
     parser.error = wrong_flag
-    parser.add_argument("models", nargs="*", metavar="DIR",
-                        help="the model, with --eval also several; default: the newest in out/")
-    modes = parser.add_mutually_exclusive_group()
+    modes, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    add("models", nargs="*", metavar="DIR",
+        help="the model, for --eval also several; default: the newest in out/")
     modes.add_argument("--prompt", default="", metavar="TEXT", help="go on from TEXT, from what is "
                        "in @FILE, or - from standard input; the default is to begin a new document")
     modes.add_argument("--chat", action="store_true", help="talk, turn by turn")
     modes.add_argument("--eval", metavar="FILE", type=Path, help="measure on .txt, .npy or .jsonl")
-    modes.add_argument("--explain", metavar="TEXT", help="show surprises and guesses token by token"
-                       " (@FILE and - as above)")
-    add = parser.add_argument
+    modes.add_argument("--explain", metavar="TEXT", help="show costs and guesses of each token")
     add("--system", default="", metavar="TEXT", help="--chat: who the model is to be")
-    add("--num_samples", type=number(int, 1), default=1,
-        help="how many continuations; --eval: answers to each prompt (%(default)s)")
-    add("--max_new_tokens", type=number(int, 1), default=200,
+    add("--num_samples", type=number(int, 1), default=1, metavar="N",
+        help="continuations, or for --eval answers to each prompt (%(default)s)")
+    add("--max_new_tokens", type=number(int, 1), default=200, metavar="N",
         help="length of each in tokens, at most (%(default)s)")
-    add("--temperature", type=number(float, 0), help="0: always the likeliest token; higher: more "
-        "surprising, above about 1.5 nonsense (0.8; 0 for --eval of one sample)")
-    add("--top_k", type=number(int, 1), help="draw among the k likeliest tokens; lower is safer")
-    add("--top_p", type=number(float, 1e-6, 1),
-        help="draw among the likeliest that together have this probability; lower is safer")
-    add("--min_p", type=number(float, 0, 1),
-        help="draw among those at least so many times as likely as the likeliest; higher is safer")
-    add("--repetition_penalty", type=number(float, 1e-6), default=1.0,
+    add("--temperature", type=number(float, 0), metavar="X", help="0: always the likeliest token; "
+        "higher: more surprising, above 1.5 nonsense (0.8, but 0 for --eval of one sample)")
+    add("--top_k", type=number(int, 1), metavar="K", help="draw among the K likeliest tokens only; "
+        "lower is safer")
+    add("--top_p", type=number(float, 1e-6, 1), metavar="P", help="among the likeliest that "
+        "together have probability P; lower is safer")
+    add("--min_p", type=number(float, 0, 1), metavar="P", help="among those at least P times as "
+        "likely as the likeliest; higher is safer")
+    add("--repetition_penalty", type=number(float, 1e-6), default=1.0, metavar="X",
         help="above 1: less of what was already said (%(default)s)")
-    add("--seed", type=number(int, 0, 2**32),
-        help="the same seed gives the same text; default: a new one each time, --eval: 0")
+    add("--seed", type=number(int, 0, 2**32), metavar="N",
+        help="the same seed gives the same text; default: a new one each time, for --eval 0")
     add("--context", type=number(int, 1), metavar="N", help="tokens that the model sees at once; "
         "default: as many as it was trained on, but at most 8192, for the memory")
     add("--stride", type=number(int, 1), metavar="N", help="--eval of text: tokens from one window "
@@ -582,6 +578,7 @@ def read_flags(argv) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the fastest one here")
     add("--dtype", choices=(*DTYPES, "int8"), help="of the weights; int8: smallest, a little off. "
         "Default: as in the file, so that nothing is converted and figures are those of training")
+    add("--compile", action="store_true", help="first spend ten seconds on faster code for a CPU")
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.eval:
         wrong_flag(f"{len(args.models)} models can be compared by --eval only")
@@ -602,6 +599,8 @@ def run(argv=None):
     device, columns = pick_device(args.device), {}
     for directory in args.models or [newest_model(Path("out"))]:
         model, tokenizer = open_model(directory, device, args.dtype)
+        if args.compile:
+            model.compile_decoding()
         context = args.context or min(8192, model.config.block_size)
         if context > model.config.block_size:
             raise ValueError(f"--context {context}: {directory} was trained on "

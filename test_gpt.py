@@ -1146,6 +1146,16 @@ def test_streamed_text_is_the_text_of_its_tokens(speaker, tokenizer, capsys):
     assert [row["seed"] for row in rows] == list(range(8))
 
 
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+def test_an_answer_ends_before_its_last_token(speaker, tokenizer, name, monkeypatch, capsys):
+    said = [*tokenizer.encode("Yes"), tokenizer.special_tokens[name], *tokenizer.encode("no")]
+    monkeypatch.setattr(GPT, "generate", lambda *_, **how: (torch.tensor([i]) for i in said))
+    say(speaker, "--prompt", "No or ", "--json")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["text"], row["ended"], row["tokens"]) == (
+        "Yes", True, said.index(tokenizer.special_tokens[name]))
+
+
 def test_temperature_0_says_what_transformers_says(speaker, tokenizer, capsys):
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoModelForCausalLM.from_pretrained(speaker)
@@ -1321,6 +1331,9 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker, tokenizer, tmp_path, capsys
     assert row["bits_per_byte"][0] == pytest.approx(cost / len(text.encode()) / math.log(2),
                                                     rel=1e-5)
     assert row["nats_per_token"][1] < row["nats_per_token"][0] < row["nats_per_token"][2]
+    np.save(tmp_path / "two.npy", np.array(ids + ids, tokenizer.dtype))
+    row_of_two = figures(capsys, speaker, "--eval", tmp_path / "two.npy")
+    assert (row_of_two["tokens"], row_of_two["bytes"]) == (2 * n + 1, 2 * len(text.encode()))
     np.save(tmp_path / "text.npy", np.array(ids, tokenizer.dtype))
     assert figures(capsys, speaker, "--eval", tmp_path / "text.npy", "--context", 32) == row | {
         "file": str(tmp_path / "text.npy")}
@@ -1426,7 +1439,8 @@ def test_the_bootstrap_agrees_with_the_normal_approximation():
     assert mean == 0.25 and low == pytest.approx(0.25 - half, abs=0.2 * half)
     assert high == pytest.approx(0.25 + half, abs=0.2 * half)
     assert sample.interval([2, 4], [1, 2]) == [2, 2, 2]     # equal ratios: nothing to vary
-    assert sample.interval(right) == [mean, low, high]      # seeded
+    rough = np.sqrt(np.arange(50))
+    assert sample.interval(rough) == sample.interval(rough)     # seeded
 
 
 def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker, tokenizer, capsys):
@@ -2348,46 +2362,112 @@ def test_tiktoken_takes_a_chunk_that_is_a_token_whole(tokenizer, tmp_path):
 
 # ---------------------------------------------------------------- the benchmark
 
+def take_turns(contenders: dict, rounds: int) -> dict:
+    """Seconds of each function, median of so many rounds in which all have their turn, so that a
+    noisy machine is unkind to all of them; one round more comes first, to warm up."""
+    times = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, function in contenders.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
+
+
+def print_speeds(title: str, count: int, seconds: dict, unit="tokens/s"):
+    """A table: `count` things done in so many seconds, and as a share of the first row's speed."""
+    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}")
+    first = next(iter(seconds.values()))
+    for name, took in seconds.items():
+        print(f"  {name:32} {count / took:10,.0f} {unit}   {first / took:5.2f} of the first")
+
+
+def training_step(model, loss, dtype):
+    """A function that does what a training step does: forward, backward, clip, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def step():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+    return step
+
+
 def bench_training():
-    """tokens/s of a training step (forward, backward, clip, AdamW), eager, on the CPU, beside the
-    same step of transformers' own Qwen3 with the same weights, if it is installed. The two take
-    turns; the median counts."""
-    config = GPTConfig(vocab_size=1024, n_layer=4, n_embd=256, block_size=256)
-    torch.set_num_threads(os.cpu_count())
-    gpt.pick_device("cpu")
+    """A training step beside transformers' own Qwen3 with the same weights."""
     dtype = gpt.pick_dtype(torch.device("cpu"))
-    ours = GPT(config)
-    tokens = ids(8, 257, vocab_size=1024)
-    steps = {"gpt.py": (ours, lambda: ours(tokens[:, :-1], tokens[:, 1:]))}
+    ours, tokens = GPT(GPTConfig(1024, 256, 4, 256)), ids(8, 257, vocab_size=1024)
+    steps = {"gpt.py": training_step(ours, lambda: ours(tokens[:, :-1], tokens[:, 1:]), dtype)}
     try:
         import transformers
+    except ImportError:
+        pass
+    else:
         with tempfile.TemporaryDirectory() as folder:
             ours.save_pretrained(folder)
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        steps["transformers " + transformers.__version__] = (
-            theirs, lambda: theirs(tokens[:, :-1], labels=tokens[:, :-1]).loss)
-    except ImportError:
-        pass
-    times = {name: [] for name in steps}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-                  for name, (model, _) in steps.items()}
-    for round in range(12):
-        for name, (model, loss) in steps.items():
-            start = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                value = loss()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizers[name].step()
-            model.zero_grad()
-            if round >= 2:      # two to warm up
-                times[name].append(time.perf_counter() - start)
-    print(f"training step, {ours.count_parameters() / 1e6:.1f}M parameters, 8 rows of 256 tokens, "
-          f"{os.cpu_count()} cores, products in {dtype}, torch {torch.__version__}")
-    for name, seconds in times.items():
-        median = sorted(seconds)[len(seconds) // 2]
-        print(f"  {name:24} {8 * 256 / median:10,.0f} tokens/s   "
-              f"{sorted(times['gpt.py'])[5] / median:5.2f} of gpt.py's")
+        steps["transformers " + transformers.__version__] = training_step(
+            theirs, lambda: theirs(tokens[:, :-1], labels=tokens[:, :-1]).loss, dtype)
+    print_speeds(f"training step, {ours.count_parameters() / 1e6:.1f}M parameters, 8 rows of 256 "
+                 f"tokens, products in {dtype}", 8 * 256, take_turns(steps, 10))
+
+
+def bench_nanogpt(checkout: Path):
+    """A training step beside nanoGPT's, of the same shape: as it ships for a CPU (fp32), and with
+    what it could be given (bf16, torch.compile)."""
+    spec = importlib.util.spec_from_file_location("nanogpt", checkout / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt"] = nanogpt
+    spec.loader.exec_module(nanogpt)
+    bf16 = torch.bfloat16
+    for title, rows, shape in (("10.6M, Shakespeare", 16, (65, 256, 6, 384, 6)),
+                               ("124M, GPT-2", 4, (50304, 256, 12, 768, 12))):
+        vocab_size, T, n_layer, n_embd, n_head = shape
+        x, y = ids(rows, T, vocab_size=vocab_size), ids(rows, T, vocab_size=vocab_size, seed=1)
+        ours = GPT(GPTConfig(*shape, family="gpt2"))
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(
+            block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+            dropout=0.0, bias=True))
+        fast_ours, fast_theirs = torch.compile(ours), torch.compile(theirs)
+        print_speeds(f"training step, {title}, {rows} rows of {T} tokens", rows * T, take_turns({
+            "nanoGPT, fp32, as it ships": training_step(theirs, lambda: theirs(x, y)[1],
+                                                        torch.float32),
+            "nanoGPT, bf16": training_step(theirs, lambda: theirs(x, y)[1], bf16),
+            "nanoGPT, bf16, compiled": training_step(theirs, lambda: fast_theirs(x, y)[1], bf16),
+            "gpt.py, bf16": training_step(ours, lambda: ours(x, y), bf16),
+            "gpt.py, bf16, compiled": training_step(ours, lambda: fast_ours(x, y), bf16)}, 3))
+
+
+def bench_decoding(folder: Path):
+    """One token after the other, and a prompt of 512, beside transformers with the same files."""
+    import transformers
+    prompt, many = ids(1, 16, vocab_size=1000), ids(1, 512, vocab_size=1000)
+    prefill, decode, models = {}, {}, {}
+    for dtype in "float32", "bfloat16":
+        models[dtype] = theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype).eval()
+        name = f"transformers, {dtype}"
+        decode[name] = lambda theirs=theirs: theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, min_new_tokens=64,
+            do_sample=False, pad_token_id=0)
+        prefill[name] = torch.inference_mode()(lambda theirs=theirs: theirs(
+            many, logits_to_keep=1))
+    for dtype in torch.float32, torch.bfloat16, torch.int8:
+        for compiled in False, True:
+            model = GPT.from_pretrained(folder, dtype=dtype)
+            name = f"gpt.py, {str(dtype)[6:]}" + ", compiled" * compiled
+            if compiled:
+                model.compile_decoding()
+            decode[name] = lambda model=model: list(model.generate(prompt, 64, temperature=0))
+            if not compiled:
+                prefill[name] = torch.inference_mode()(lambda model=model: model.prefill(
+                    many, gpt.Cache(model, 1, 512)))
+    print_speeds(f"decoding, {folder.name}, 64 tokens after 16", 64, take_turns(decode, 5))
+    print_speeds(f"reading a prompt, {folder.name}, 512 tokens", 512, take_turns(prefill, 5))
 
 
 def bench_corpora(n_bytes):
@@ -2407,7 +2487,8 @@ def bench_corpora(n_bytes):
              for _ in range(60_000)]
     chosen = rng.choices(words, [1 / (rank + 10) for rank in range(len(words))], k=n_bytes // 12)
     scripts = " ".join(chosen)
-    return {name: (text * (1 + n_bytes // len(text.encode()))).encode()[:n_bytes].decode("utf-8", "ignore")
+    return {name: (text * (1 + n_bytes // len(text.encode()))).encode()[:n_bytes].decode(
+                "utf-8", "ignore")
             for name, text in (("English", english), ("code", "".join(code)), ("scripts", scripts))}
 
 
@@ -2476,7 +2557,12 @@ def bench_tokenizer(megabytes=5, vocab_size=32768):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["bench"]:
-        sys.exit("python test_gpt.py bench measures speed; the tests run by: pytest")
-    bench_training()
-    bench_tokenizer()
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("python test_gpt.py bench [DIR ...] measures speed; the tests run by: pytest")
+    torch.set_num_threads(os.cpu_count())
+    gpt.pick_device("cpu")
+    for folder in map(Path, sys.argv[2:]):      # a checkout of nanoGPT, or the directory of a model
+        (bench_nanogpt if (folder / "model.py").exists() else bench_decoding)(folder)
+    if not sys.argv[2:]:
+        bench_training()
+        bench_tokenizer()
