@@ -1408,7 +1408,7 @@ def test_eval_of_answers_compares_what_is_written(speaker, tokenizer, tmp_path, 
                [tokenizer.encode("a\nb ") + [end], tokenizer.encode("a") + [end],
                 tokenizer.encode("a\nb\nc") + [end], tokenizer.encode("a b") + [end]],
                [tokenizer.encode("Yes.\nWhy") + [end], tokenizer.encode("Yes.") + [end],
-                tokenizer.encode("\nYes. ") + [end], tokenizer.encode("Yes. 🙂") + [end]]]
+                tokenizer.encode(" Yes. ") + [end], tokenizer.encode("Yes. 🙂") + [end]]]
     asked = []
 
     def generate(self, prompts, *rest, stop, **how):
