@@ -28,6 +28,7 @@ a question (write them into "context"), and answers judged otherwise than letter
 Reading order: text in and out, chat, evaluation, looking inside, the command line.
 """
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -314,7 +315,7 @@ def windows(tokens, context: int, stride: int) -> list:
     return rows
 
 
-def measure_text(model, tokenizer, path: Path, context: int, stride: int) -> dict:
+def measure_text(model, tokenizer, directory: Path, path: Path, context: int, stride: int) -> dict:
     """Of a .txt every token is predicted, the first from the divider; of a .npy all but the first,
     which is a divider."""
     V = model.config.vocab_size
@@ -323,6 +324,11 @@ def measure_text(model, tokenizer, path: Path, context: int, stride: int) -> dic
         row = tokens.ndim == 1 and tokens.dtype.kind in "iu"
         if not row or np.any((tokens < 0) | (tokens >= V)):
             raise ValueError(f"{path} is not a row of ids below {V}, the model's vocabulary")
+        if path.with_suffix(".json").exists():              # written by bpe.py encode
+            made_with = json.loads(path.with_suffix(".json").read_text("utf-8")).get("tokenizer")
+            if made_with != hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest():
+                raise ValueError(f"{path} was encoded with another tokenizer than {directory}'s; "
+                                 "encode its text anew, or give that as .txt")
         sizes = np.array([len(token_bytes(tokenizer, i)) for i in range(V)])
         sizes[list(tokenizer.special_tokens.values())] = 0              # dividers are no text
         size = sizes @ np.bincount(tokens[1:], minlength=V)
@@ -424,10 +430,11 @@ def measure_answers(model, tokenizer, tests, n: int, seed: int, how: dict) -> di
         f"pass@{k}": interval([pass_at(k, n, count) for count in right]) for k in ks}
 
 
-def evaluate(model, tokenizer, path: Path, context: int, args, how: dict) -> dict:
+def evaluate(model, tokenizer, directory: Path, path: Path, context: int, args, how) -> dict:
     """-> {name: a number, or [value, low, high]}"""
     if path.suffix in (".txt", ".npy"):
-        return measure_text(model, tokenizer, path, context, args.stride or max(1, context // 2))
+        stride = args.stride or max(1, context // 2)
+        return measure_text(model, tokenizer, directory, path, context, stride)
     tests = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
@@ -614,7 +621,8 @@ def run(argv=None):
             else:
                 print_places(places, args.color or sys.stdout.isatty())
         elif args.eval:
-            columns[str(directory)] = evaluate(model, tokenizer, args.eval, context, args, how)
+            columns[str(directory)] = evaluate(model, tokenizer, Path(directory), args.eval,
+                                               context, args, how)
         else:
             continue_text(model, tokenizer, read_text(args.prompt), context, args, how)
     if args.json:

@@ -1334,7 +1334,12 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker, tokenizer, tmp_path, capsys
     np.save(tmp_path / "two.npy", np.array(ids + ids, tokenizer.dtype))
     row_of_two = figures(capsys, speaker, "--eval", tmp_path / "two.npy")
     assert (row_of_two["tokens"], row_of_two["bytes"]) == (2 * n + 1, 2 * len(text.encode()))
-    np.save(tmp_path / "text.npy", np.array(ids, tokenizer.dtype))
+    digest = hashlib.sha256((speaker / "tokenizer.json").read_bytes()).hexdigest()
+    for name, made_with, code in ("text.npy", digest, 0), ("two.npy", digest[::-1], 2):
+        (tmp_path / name).with_suffix(".json").write_text(json.dumps({"tokenizer": made_with}))
+        np.save(tmp_path / name, np.array(ids, tokenizer.dtype))
+        say(speaker, "--eval", tmp_path / name, code=code)
+    assert "another tokenizer" in capsys.readouterr().err
     assert figures(capsys, speaker, "--eval", tmp_path / "text.npy", "--context", 32) == row | {
         "file": str(tmp_path / "text.npy")}
 
