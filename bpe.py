@@ -751,15 +751,26 @@ def conversations(row: dict) -> list[tuple[list[dict], int]]:
             raise ValueError('a chat must be a list of {"role": string, "content": string}')
         return value
 
+    def in_order(chat):
+        after = {"": ("system", "user"), "system": ("user",), "user": ("assistant",),
+                 "assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
+        for before, message in zip(["", *(message["role"] for message in chat)], chat):
+            if message["role"] not in after[before]:
+                raise ValueError(f"the roles are out of order: {message['role']!r} where there is "
+                                 f"place for {' or '.join(after[before])}")
+            if message["role"] == "assistant" and not message["content"].strip():
+                raise ValueError("the assistant's reply is empty")
+        return chat
+
     if "messages" in row:
-        return [(messages(row["messages"], "user"), 0)]
+        return [(in_order(messages(row["messages"], "user")), 0)]
     answers = ["completion"] if "completion" in row else ["chosen", "rejected"]
     if not {"prompt", *answers} <= row.keys():
         raise ValueError('expected "text", "messages", "prompt" and "completion", or "prompt", '
                          f'"chosen" and "rejected", but there is {list(row)}')
     prompt = messages(row["prompt"], "user")
     chats = [messages(row[answer], "assistant") for answer in answers]
-    return [(chat if chat[:len(prompt)] == prompt else prompt + chat, len(prompt))
+    return [(in_order(chat if chat[:len(prompt)] == prompt else prompt + chat), len(prompt))
             for chat in chats]                               # some data sets repeat the prompt
 
 
