@@ -343,10 +343,8 @@ class Tokenizer:
         special_ids = set(special_tokens.values())           # text never leads to one of these
         self.id_of = {token: i for i, token in enumerate(vocab)
                       if token is not None and i not in special_ids}
-        for byte in range(256):
-            if bytes([byte]) not in self.id_of:
-                raise ValueError(f"no token for the byte 0x{byte:02X}: not a byte-level vocabulary")
-        self.byte_ids = [self.id_of[bytes([byte])] for byte in range(256)]
+        # SmolLM2's vocabulary lacks 21 bytes, 0x04 for one: as in tokenizers, they get no id.
+        self.byte_ids = [self.id_of.get(bytes([byte])) for byte in range(256)]
         self.divider = next((name for name in DIVIDERS if name in special_tokens), None)
         self.dtype = np.dtype("<u2" if len(vocab) <= 1 << 16 else "<u4")
         self.cache, self.cached = {}, 0       # chunk -> its ids as bytes of dtype; memory it takes
@@ -417,7 +415,7 @@ class Tokenizer:
         while words:
             block = words[-max(1, BLOCK // len(words[-1])):]
             del words[-len(block):]
-            if len(block) >= 64:
+            if len(block) >= 64 and None not in self.byte_ids:
                 ids = self.merge_side_by_side(block)
             else:                                            # numpy isn't worth the trouble
                 ids = [np.array(self.merge(word), self.dtype).tobytes() for word in block]
@@ -432,8 +430,8 @@ class Tokenizer:
         A heap, and a list linked both ways: a word of a megabyte takes n log n steps and not n^2.
         The list is a ring, closed by an empty place: so its ends need no case of their own.
         """
-        size = len(word)
-        tokens = [self.byte_ids[byte] for byte in word] + [None]
+        tokens = [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None] + [None]
+        size = len(tokens) - 1
         after = [*range(1, size + 1), 0]
         before = [-1, *range(size)]
         rank_at = [self.ranks.get(pair) for pair in itertools.pairwise(tokens)] + [None]

@@ -1780,14 +1780,14 @@ def test_sets_are_what_the_tokenizer_encodes():
     sets = shakespeare.to_sets(many_plays())
 
     def learned(messages, first):
-        ids, mask = encode_chat(tokenizer, messages, first)
+        ids, mask = bpe.encode_chat(tokenizer, messages, first)
         return tokenizer.decode([i for i, trained in zip(ids, mask) if trained])
 
     row = sets["chat/train"][0]
-    [(messages, first)] = conversations(row)
+    [(messages, first)] = bpe.conversations(row)
     assert learned(messages, first) == row["messages"][1]["content"] + "<|im_end|>"
     row = sets["prefs/train"][0]
-    chosen, rejected = conversations(row)
+    chosen, rejected = bpe.conversations(row)
     assert chosen[0][0] == rejected[0][0] == row["prompt"][0]
     assert learned(*chosen) == row["chosen"][0]["content"] + "<|im_end|>"
     assert learned(*rejected) == row["rejected"][0]["content"] + "<|im_end|>"
@@ -2037,6 +2037,20 @@ def test_qwens_smollms_and_llamas_files_are_read(tokenizer, saved):
         for text in [*fuzz(3000, seed=5), "<think>cafe\u0301 123</think>"]:
             if not ours.nfc or all(ord(c) < 0x500 for c in text):    # beyond, NFC tables may differ
                 assert ours.encode(text, "all") == peer.encode(text).ids, text
+
+
+def test_a_byte_without_a_token_is_left_out_as_by_tokenizers(saved, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab[bpe.spell(b"\x00\x00\x00\x00")] = vocab.pop(bpe.spell(b"\x04"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    ours, theirs = Tokenizer.load(tmp_path), library.Tokenizer.from_file(
+        str(tmp_path / "tokenizer.json"))
+    # What stands on both sides of the byte may merge. Many words, so that numpy would have its turn.
+    words = [f"th\x04e in{i}g\x04 \x04\x04an\x04d" for i in range(200)]
+    for text in ["\x04", *words[:9], " ".join(words)]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
 def test_an_added_token_stays_special_or_plain(tokenizer, saved, tmp_path):
