@@ -6,7 +6,7 @@
 An answer is independent when it comes from another library (transformers, tokenizers, tiktoken,
 safetensors: used where they are installed, skipped where not), from a formula worked by hand, or
 from a slower and simpler program. Nothing here needs a network, and nothing asserts a time.
-Order: gpt.py, train.py, sample.py, data/shakespeare.py, bpe.py, then the benchmark.
+Order: gpt.py, train.py, finetune.py, sample.py, data/shakespeare.py, bpe.py, then the benchmark.
 """
 import base64
 import copy
@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import bpe
+import finetune
 import gpt
 import sample
 import train
@@ -1051,6 +1052,305 @@ def test_a_run_whose_text_has_changed_is_not_resumed(unbroken, place, tmp_path):
     finish(place, "--data", changed, "--out", out, *SMALL, "--max_steps", 2, "--vocab_size", 270)
     changed.write_text("It was the worst of times. " * 2000)
     assert "has changed" in finish(place, "--resume", "--out", out, "--max_steps", 4, code=2)
+
+
+# ---------------------------------------------------------------- finetune.py
+
+FEW = ("--batch 4 --max_steps 6 --eval_every 2 --log_every 1 --dtype fp32 --device cpu --lr 1e-3 "
+       "--warmup_steps 2").split()
+
+
+def chat(speech, *replies) -> dict:
+    """A line of chats, or of pairs if there are two replies."""
+    prompt, *replies = ([{"role": role, "content": text}] for role, text in zip(
+        ("user", "assistant", "assistant"), (speech, *replies)))
+    if len(replies) == 1:
+        return {"messages": prompt + replies[0]}
+    return dict(prompt=prompt, chosen=replies[0], rejected=replies[1])
+
+
+@pytest.fixture(scope="module")
+def school(saved, tokenizer, tmp_path_factory):
+    """A model that knows nothing yet, chats and pairs, as text and as token ids."""
+    folder = tmp_path_factory.mktemp("school")
+    restless(tiny(vocab_size=len(tokenizer), family="llama", block_size=64)).save_pretrained(
+        folder / "model")
+    for name in "tokenizer.json", "tokenizer_config.json":
+        (folder / "model" / name).write_bytes((saved / name).read_bytes())
+    words = [line for line in TEXT.splitlines() if 10 < len(line) < 60]
+    triples = zip(words[:20], words[20:40], words[40:60])
+    for kind, rows in ("chats", [chat(*triple[:2]) for triple in triples]), ("pairs", [
+            chat(*triple) for triple in zip(words[60:80], words[80:100], words[100:120])]):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = run("encode", folder / f"{kind}.jsonl", "--tokenizer", saved, "--out",
+                   folder / f"{kind}.npz")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def rows_at(school, kind, T=64):
+    return finetune.open_tokens([school / f"{kind}.npz"], kind, T)
+
+
+def plainly(model, rows, i) -> list:
+    """What finetune.py packs, chat by chat, without it: log p of each token to be learned."""
+    found = []
+    for begin, end in rows.spans[i]:
+        ids = torch.from_numpy(rows.ids[begin:end].astype(np.int64))
+        logps = model(ids[None, :-1])[0].log_softmax(dim=-1)
+        found.append(torch.stack([logps[place - 1, ids[place]] for place in range(1, len(ids))
+                                  if rows.mask[begin + place]]))
+    return found
+
+
+def step_of(school, place, out, kind, *arguments) -> list[dict]:
+    method = "sft" if kind == "chats" else "dpo"
+    files = ("--data", school / f"{kind}.npz", "--val_data", school / f"{kind}.npz")
+    finish(place, method, "--model", school / "model", *files, "--out", out, *FEW, *arguments,
+           script="finetune.py")
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_dpo_loss_is_equation_7():
+    numbers = torch.tensor([[-3.0, -5], [-4, -4.5], [-3.5, -5], [-4, -6]]).double()
+    losses, good, bad = finetune.dpo_loss(*numbers, beta=0.5)
+    # by hand: 0.5 ((-3 + 3.5) - (-4 + 4)) = 0.25, and 0.5 ((-5 + 5) - (-4.5 + 6)) = -0.75
+    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-0.25)),
+                                             math.log(1 + math.exp(0.75))], rel=1e-12)
+    assert good.tolist() == [0.25, 0] and bad.tolist() == [0, 0.75]
+    swapped, bad, good = finetune.dpo_loss(*numbers[[1, 0, 3, 2]], beta=0.5)
+    assert good.tolist() == [0.25, 0] and bad.tolist() == [0, 0.75]     # the margin's sign turns
+    smooth, _, _ = finetune.dpo_loss(*numbers, beta=0.5, label_smoothing=0.1)
+    assert torch.allclose(smooth, 0.9 * losses + 0.1 * swapped, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_a_packed_row_costs_what_its_chats_cost_alone(school, kind):
+    model, rows = GPT.from_pretrained(school / "model"), rows_at(school, kind)
+    numbers = np.array([3, 0, 7])
+    logps, places, lengths = finetune.log_probabilities(
+        model, rows, numbers, torch.device("cpu"), fp32)
+    expected = torch.cat([part for i in numbers for part in plainly(model, rows, i)])
+    learned = torch.from_numpy(rows.mask[places])
+    # 1e-5: sums of 40 products in fp32, added up in another order
+    assert (logps[learned] - expected).abs().max() < 1e-5 and not logps[~learned].any()
+    assert sum(lengths) == rows.tokens[numbers].sum() and len(expected) == rows.targets[numbers].sum()
+
+    rows.mask[:] = False
+    model.zero_grad()
+    logps, _, _ = finetune.log_probabilities(model, rows, numbers, torch.device("cpu"), fp32)
+    (-logps.sum()).backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+
+
+def test_what_dpo_logs_is_what_the_words_say(school):
+    model, rows = GPT.from_pretrained(school / "model"), rows_at(school, "pairs")
+    beginning, numbers = tiny(5, vocab_size=len(model.embed_tokens.weight), family="llama"), [2, 9]
+    logps, places, lengths = finetune.log_probabilities(
+        model, rows, numbers, torch.device("cpu"), fp32)
+    refs = finetune.log_probabilities(
+        beginning, rows, numbers, torch.device("cpu"), fp32)[0].detach()
+    learned = torch.from_numpy(rows.mask[places])
+    loss, logged = finetune.compare(logps, refs, learned, lengths, 0.3, 0.0)
+    wanted = Counter(loss=0.0)
+    for i in numbers:
+        (good, bad), (good_ref, bad_ref) = (plainly(m, rows, i) for m in (model, beginning))
+        chosen, rejected = (0.3 * (a.sum() - b.sum()).item()
+                            for a, b in ((good, good_ref), (bad, bad_ref)))
+        wanted.update(
+            loss=math.log(1 + math.exp(rejected - chosen)), rewards_chosen=chosen,
+            rewards_rejected=rejected, margin=chosen - rejected, accuracy=chosen > rejected,
+            likelier=(good.sum() > bad.sum()).item(), logps_chosen=good.sum().item(),
+            logps_rejected=bad.sum().item(), length_chosen=len(good), length_rejected=len(bad),
+            kl=(((good - good_ref)**2).sum() + ((bad - bad_ref)**2).sum()).item() / 4,
+            end=(good - good_ref)[-1].item() / 2 + (bad - bad_ref)[-1].item() / 2)
+    assert logged | {"loss": loss.item()} == pytest.approx(dict(wanted), rel=1e-4)
+
+
+def test_an_epoch_takes_each_row_once_in_its_own_order():
+    rows = range(10)
+    both = finetune.batch(0, 20, rows, 1)
+    assert sorted(both[:10]) == sorted(both[10:]) == list(rows) and list(both[:10]) != list(both[10:])
+    assert [*finetune.batch(0, 7, rows, 1), *finetune.batch(7, 13, rows, 1)] == list(both)
+
+
+def test_long_chats_are_cut_and_useless_ones_are_left_out(saved, tmp_path):
+    rows = [chat("a", "b", "c"), chat("same", "b", "b"), chat("far " * 99, "b", "c"),
+            chat("a", "long " * 99, "c")]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run("encode", tmp_path / "x.jsonl", "--tokenizer", saved, "--out",
+               tmp_path / "x.npz").returncode == 0
+    rows = finetune.open_tokens([tmp_path / "x.npz"], "pairs", 40)
+    assert (len(rows), rows.dropped, rows.cut) == (2, 2, 3)
+    assert [int(np.diff(span)[0, 0]) for span in rows.spans][1] == 41     # 40 tokens, 40 targets
+    assert len(finetune.open_tokens([tmp_path / "x.npz"], "chats", 40)) == 0
+
+
+def test_adapters_begin_as_nothing_learn_alone_and_merge(tmp_path):
+    model, tokens = restless(tiny()), ids(2, 20)
+    before, weights = model(tokens), {name: w.clone() for name, w in model.state_dict().items()}
+    finetune.add_lora(model, 3)
+    assert torch.equal(model(tokens), before)
+    learning = [w for w in model.parameters() if w.requires_grad]
+    # by hand: in + out of seven matrices, for two layers; see tiny()
+    assert sum(w.numel() for w in learning) == 2 * 3 * (
+        (40 + 56) + 2 * (40 + 28) + (56 + 40) + 2 * (40 + 72) + (72 + 40))
+    optimizer = torch.optim.SGD(learning, lr=0.3)
+    for _ in range(3):
+        model(tokens, tokens).backward()
+        optimizer.step()
+        model.zero_grad()
+    after = model(tokens)
+    assert (after - before).abs().max() > 0.1
+    now = model.state_dict()
+    assert all(torch.equal(now[name], w) for name, w in weights.items())
+    model.save_pretrained(tmp_path)
+    merged = GPT.from_pretrained(tmp_path)
+    assert type(merged) is GPT and merged.state_dict().keys() == weights.keys()
+    assert (merged(tokens) - after).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_the_first_steps_are_those_of_trl(school, place, saved, kind, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    rows, found = rows_at(school, kind), []
+    numbers = finetune.batch(0, 12, rows, 1)
+    for i in numbers:
+        chats = [(rows.ids[a:b].tolist(), rows.mask[a:b].tolist()) for a, b in rows.spans[i]]
+        if kind == "chats":
+            found.append({"input_ids": chats[0][0], "labels": [
+                token if learned else -100 for token, learned in zip(*chats[0])]})
+        else:
+            replies = [[token for token, learned in zip(*both) if learned] for both in chats]
+            found.append({"prompt_ids": chats[0][0][:chats[0][1].index(True)],
+                          "chosen_ids": replies[0], "rejected_ids": replies[1]})
+    base, config = ((trl.SFTTrainer, trl.SFTConfig) if kind == "chats" else
+                    (trl.DPOTrainer, trl.DPOConfig))
+
+    class Trainer(base):        # our ids, in our order
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+    extra = {"dataset_kwargs": {"skip_prepare_dataset": True}} if kind == "chats" else {"beta": 0.1}
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(school / "model", dtype=torch.float32),
+        args=config(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, max_steps=3,
+                    learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
+                    adam_beta2=0.95, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
+                    max_length=None, save_strategy="no", disable_tqdm=True, **extra),
+        train_dataset=Dataset.from_list(found), processing_class=tokenizer)
+    trainer.train()
+    names = {"loss": "loss", "grad_norm": "grad_norm"}
+    if kind == "pairs":
+        names |= {"margin": "rewards/margins", "rewards_chosen": "rewards/chosen", "accuracy":
+                  "rewards/accuracies", "rewards_rejected": "rewards/rejected",
+                  "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected"}
+    # The last fifth of a wsd run is the first in which the rate falls: 3 steps have it full.
+    ours = step_of(school, place, tmp_path / "ours", kind, "--max_steps", 3, "--schedule", "wsd",
+                   "--warmup_steps", 0)
+    for step, theirs in zip(ours, trainer.state.log_history):
+        for name, their_name in names.items():
+            assert step[name] == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_a_finetuning_is_the_same_however_it_is_cut_and_resumed(school, place, kind, tmp_path):
+    whole = step_of(school, place, tmp_path / "whole", kind, "--lora", 2 * (kind == "pairs"))
+    if kind == "pairs":
+        assert whole[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert whole[-1]["val_accuracy"] > 0.7 and whole[-1]["val_loss"] < math.log(2)
+    else:
+        assert whole[-1]["val_loss"] < whole[0]["loss"] - 0.1
+    cut = step_of(school, place, tmp_path / "cut", kind, "--lora", 2 * (kind == "pairs"),
+                  "--micro_batch", 3)
+    for a, b in zip(whole, cut, strict=True):       # sums in another order; 1e-5 as for packed rows
+        assert [a["loss"], a["grad_norm"]] == pytest.approx([b["loss"], b["grad_norm"]], rel=1e-4)
+
+    process = start(place, "sft" if kind == "chats" else "dpo", "--model", school / "model", "--data",
+                    school / f"{kind}.npz", "--val_data", school / f"{kind}.npz", "--out",
+                    tmp_path / "killed", *FEW, "--save_every", 1, "--lora", 2 * (kind == "pairs"),
+                    script="finetune.py")
+    while not (tmp_path / "killed/metrics.jsonl").exists() or len(losses(tmp_path / "killed")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    finish(place, "--resume", "--out", tmp_path / "killed", script="finetune.py")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    tensors = [gpt.read_safetensors(tmp_path / name / "model.safetensors")[0]
+               for name in ("killed", "whole")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_reference_is_computed_once_and_never_stale(school, place, tmp_path):
+    def references():
+        return {file.name for file in (place / "data/tokens").glob("reference-*.npy")}
+    step_of(school, place, tmp_path / "a", "pairs", "--max_steps", 1)
+    first = references()
+    step_of(school, place, tmp_path / "b", "pairs", "--max_steps", 2)
+    assert references() == first
+    model = GPT.from_pretrained(school / "model")
+    with torch.no_grad():
+        model.norm.weight += 0.1
+    model.save_pretrained(tmp_path / "other")
+    rows = step_of(school, place, tmp_path / "c", "pairs", "--max_steps", 1,
+                   "--model", tmp_path / "other")
+    assert len(references() - first) == 1 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_model_without_chat_tokens_gets_them(school, place, tokenizer, tmp_path):
+    V = len(tokenizer) - len(SPECIAL) + 1               # of the special ones, it has the divider
+    plain = bpe.Tokenizer(tokenizer.vocab[:V - 1] + [b"<|endoftext|>"], tokenizer.ranks,
+                          tokenizer.made, {"<|endoftext|>": V - 1}, tokenizer.pattern)
+    plain.save(tmp_path / "model")
+    model = tiny(vocab_size=V, family="llama", block_size=64, tie_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    said = finish(place, "sft", "--model", tmp_path / "model", "--data", school / "chats.jsonl",
+                  "--out", tmp_path / "out", *FEW, "--max_steps", 1, "--lr", 1e-9,
+                  script="finetune.py")
+    assert "$ python bpe.py encode" in said
+    grown = GPT.from_pretrained(tmp_path / "out")
+    for ours, theirs in zip([grown.embed_tokens, grown.lm_head], [model.embed_tokens, model.lm_head]):
+        rows = torch.cat([theirs.weight, theirs.weight.mean(dim=0).expand(2, -1)])
+        assert (ours.weight - rows).abs().max() < 1e-6
+    both = bpe.Tokenizer.load(tmp_path / "out")
+    assert {name: both.special_tokens[name] for name in bpe.CHAT_TOKENS} == {
+        "<|im_start|>": V, "<|im_end|>": V + 1}
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == V + 1
+
+
+def test_bad_chats_end_in_one_line_and_nothing_is_written(
+        school, place, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(finetune, "HERE", place)
+    good = json.dumps(chat("Who?", "Romeo."))
+    bad = dict(
+        json=(good + "\n{", "line 2"), keys=(json.dumps({"prompt": "a"}), "line 1.*prompt"),
+        empty=(good + "\n\n" + json.dumps(chat("Who?", " ")), "line 3.*empty"),
+        roles=(json.dumps({"messages": chat("a", "b")["messages"][::-1]}), "line 1.*order"),
+        kind=(json.dumps(chat("a", "b", "c")), "no chats"),
+        long=(json.dumps(chat("far " * 99, "b")), "nothing to learn within 64"))
+    table = [([tmp_path / "none.jsonl"], "none.jsonl"), ([tmp_path / "roles.jsonl", "--batch", 0],
+             "--batch"), ([tmp_path / "roles.jsonl", "--block_size", 65], "65.*64"),
+             ([tmp_path / "roles.jsonl", "--lora", -1], "--lora")]
+    for name, (content, says) in bad.items():
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        table.append(([tmp_path / f"{name}.jsonl", "--val_data", tmp_path / f"{name}.jsonl"], says))
+    for arguments, says in table:
+        try:
+            code = finetune.main(["sft", "--model", str(school / "model"), "--device", "cpu",
+                                  "--out", str(tmp_path / "out"), "--data", *map(str, arguments)])
+        except SystemExit as stop:          # the code of bpe.py
+            code = stop.code
+        out, err = capfd.readouterr()
+        assert code == 2 and len(err.splitlines()) == 1, out + err
+        assert re.search(says, err), (says, err)
+        assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- sample.py
