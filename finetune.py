@@ -73,10 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--block_size", type=int, help="tokens of a row, at most [as many as the model can see]")
     add("--batch", type=int, default=32, help="chats, or pairs, per step [%(default)s]")
     add("--lr", type=float, help="peak learning rate [by the size of the model]")
-    add("--epochs", type=float, default=1.0, help="how often each row is seen [%(default)s]")
+    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: 0.5, because what "
+        "is preferred is soon learned, and after that other things are forgotten]")
     add("--max_steps", type=int, help="updates of the weights [by --epochs]")
     add = parser.add_argument_group("method").add_argument
-    add("--beta", type=float, default=0.1, help="dpo: how strongly it is held to where it began; "
+    add("--beta", type=float, default=0.5, help="dpo: how strongly it is held to where it began; "
         "lower lets it go further, 0.1 to 0.5 is usual [%(default)s]")
     add("--label_smoothing", type=float, default=0.0, help="dpo: the share of pairs that you "
         "believe to be the wrong way round [%(default)s]")
@@ -102,6 +103,7 @@ def settle(argv):
     if args.lora < 0 or not 0 <= args.label_smoothing < 0.5:
         raise ValueError(f"--lora {args.lora} must be at least 0, --label_smoothing "
                          f"{args.label_smoothing} at least 0 and less than 0.5")
+    args.epochs = args.epochs or (1.0 if args.method == "sft" else 0.5)
     args.model = args.model or str(
         Path("out", "shakespeare" if args.method == "sft" else "sft").resolve())
     for path in [args.model, *(args.data or []), *(args.val_data or [])]:
@@ -300,7 +302,10 @@ def load_reference(model, rows: Rows, at_once: int, device, autocast, facts: lis
     their contents), so a stale one is never found."""
     digest = hashlib.sha256()
     for fact in facts:
-        digest.update(fact.read_bytes() if isinstance(fact, Path) else repr(fact).encode())
+        if isinstance(fact, Path):
+            with open(fact, "rb") as file:
+                fact = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(repr(fact).encode())
     path = HERE / "data" / "tokens" / f"reference-{digest.hexdigest()[:16]}.npy"
     if add_up(path.exists()) == process_count():
         return np.load(path)
