@@ -265,8 +265,8 @@ class Attention(nn.Module):
         self.config = config
 
     def forward(self, x, angles, past=None, lengths=None):
-        """x (B, T, C) -> (B, T, C). past: keys and values of all S places (2, B, K, S, D), the last T
-        of them still to be filled, and Cache.seen. lengths: see GPT.forward."""
+        """x (B, T, C) -> (B, T, C). past: keys and values of all S places (2, B, K, S, D), of which
+        the last T are still to be filled, and Cache.seen. lengths: see GPT.forward."""
         B, T, C = x.shape
         D = self.config.head_dim
         q = self.q_proj(x).view(B, T, -1, D)                               # -> (B, T, H, D)

@@ -555,7 +555,7 @@ def test_opening_needs_no_second_copy_of_the_weights(tmp_path):
         share = float(subprocess.run([sys.executable, "-c", code, tmp_path, dtype], cwd=HERE,
                                      capture_output=True, text=True, check=True).stdout)
         # Nothing twice: what comes on top is one matrix on its way, and a few MB of Python.
-        assert 0.9 < share < 1.5, (dtype, share)
+        assert 0.9 < share < 1.3 + (dtype == "torch.int8"), (dtype, share)     # a copy is 4 there
 
 
 def test_saving_and_opening_gives_the_same_model(tmp_path):
@@ -1427,15 +1427,15 @@ def test_the_text_goes_to_stdout_and_the_same_seed_gives_the_same(unbroken, monk
 
 def test_streamed_text_is_the_text_of_its_tokens(speaker, tokenizer, capsys):
     """Byte for byte, with halves of characters, and ids that the tokenizer doesn't know."""
-    model, said = GPT.from_pretrained(speaker), ""
+    model, said, largest = GPT.from_pretrained(speaker), "", 0
     prompt = tokenizer.encode("naïve 🙂 中文 ")
     ends = [tokenizer.special_tokens[name] for name in SPECIAL]
     for seed in range(8):
         new = [step.item() for step in model.generate([prompt], 40, temperature=0.8, seed=seed)]
         new = new[:next((t for t, i in enumerate(new) if i in ends), None)]
         said += spoken(tokenizer, prompt + new) + "\n" + "-" * 60 + "\n"
-        assert seed or max(new) >= len(tokenizer)
-    assert "\N{REPLACEMENT CHARACTER}" in said
+        largest = max(largest, *new)
+    assert "\N{REPLACEMENT CHARACTER}" in said and largest >= len(tokenizer)
     flags = (speaker, "--prompt", "naïve 🙂 中文 ", "--seed", 0, "--num_samples", 8,
              "--max_new_tokens", 40)
     say(*flags)
