@@ -48,9 +48,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import (DTYPES, GPT, Linear, accumulate_gradients, add_flags, add_up, fit, join_processes,
-                 nearby, out_folder, pick_device, pick_dtype, process_count, read_flags, run, shard,
-                 shuffled, write_whole)
+from gpt import (DTYPES, GPT, Linear, accumulate_gradients, add_flags, add_up, exit_code, fit,
+                 join_processes, nearby, open_for_training, out_folder, pick_device, pick_dtype,
+                 process_count, process_number, read_flags, run, shard, shuffled, write_whole)
 
 HERE = Path(__file__).resolve().parent
 
@@ -96,10 +96,6 @@ def settle(argv):
     args, tensors, noted = read_flags(make_parser(), argv)
     if args.method is None:
         raise ValueError("say what to do: python finetune.py sft, or dpo")
-    if args.val_data and not args.data:
-        raise ValueError("--val_data without --data: the plays have held-out ones of their own")
-    if args.fsdp and args.optimizer == "muon":
-        raise ValueError("--fsdp cuts matrices in parts, and muon needs them whole: use adamw")
     if args.lora < 0 or not 0 <= args.label_smoothing < 0.5:
         raise ValueError(f"--lora {args.lora} must be at least 0, --label_smoothing "
                          f"{args.label_smoothing} at least 0 and less than 0.5")
@@ -310,7 +306,7 @@ def load_reference(model, rows: Rows, at_once: int, device, autocast, facts: lis
     if add_up(path.exists()) == process_count():
         return np.load(path)
     reference = np.zeros(len(rows.ids), np.float32)
-    rank = torch.distributed.get_rank() if process_count() > 1 else 0
+    rank = process_number()
     mine = np.arange(rank, len(rows), process_count())      # each process does its share
     for i in range(0, len(mine), at_once):
         logps, places, _ = log_probabilities(model, rows, mine[i:i + at_once], device, autocast)
@@ -445,7 +441,7 @@ def finetune(argv=None) -> int:
     out = out_folder(args, args.method) if rank == 0 else Path(os.devnull)
     kind = "chats" if args.method == "sft" else "pairs"
     torch.manual_seed(args.seed)
-    model = GPT.from_pretrained(args.model, dtype=torch.float32)
+    model = open_for_training(args.model, args.dropout)
     T = args.block_size = args.block_size or model.config.block_size
     if T > model.config.block_size:
         raise ValueError(f"--block_size {T}: the model sees {model.config.block_size}")
@@ -477,11 +473,6 @@ def finetune(argv=None) -> int:
                          f"{data} now; put it back, or start a new run")
 
     # ---- 3. The model, its reference, and how long a run it deserves.
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = args.dropout
-    for weight in model.parameters():       # a copy in memory, as in restore_run
-        weight.data = weight.data.clone()
     model = model.to(device)
     model.recompute = args.recompute
     scale_run(args, model, len(train_rows), noted)
@@ -579,17 +570,7 @@ def finetune(argv=None) -> int:
 
 
 def main(argv=None) -> int:
-    try:
-        return finetune(argv)
-    except (ValueError, OSError) as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:       # before the first step, or asked for twice
-        print("\ninterrupted; the last checkpoint, if there is one, stands", file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    return exit_code("finetune.py", finetune, argv)
 
 
 if __name__ == "__main__":

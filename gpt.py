@@ -1021,14 +1021,17 @@ def join_processes(device: torch.device) -> int:
         return 0
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank = torch.distributed.get_rank()
-    if rank:        # one speaks for all
+    if process_number():        # one speaks for all
         sys.stdout = open(os.devnull, "w")
-    return rank
+    return process_number()
 
 
 def process_count() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def process_number() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def add_up(number: float) -> float:
@@ -1209,6 +1212,17 @@ def save_run(out: Path, model, weights: dict, optimizers, notes: dict, extra: di
         draw_losses(out)
 
 
+def open_for_training(directory, dropout: float) -> GPT:
+    """A model that there is, in fp32 and in memory of its own: see restore_run for the reason."""
+    model = GPT.from_pretrained(directory, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    return model
+
+
 def restore_run(tensors: dict, model, optimizers):
     """Put a checkpoint back, whole or in parts. Tensors are copied, because a product of matrices
     can differ in the last bit with the alignment of its memory, and views of a file are aligned
@@ -1252,6 +1266,7 @@ def rewind(metrics: Path, step: int):
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         with write_whole(metrics) as file:
             file.write("".join(kept).encode())
+
 
 def draw_losses(out: Path):
     """OUT/loss.svg, for any browser, on light and dark screens: "loss" and "val_loss" of
@@ -1367,6 +1382,10 @@ def read_flags(parser: argparse.ArgumentParser, argv) -> tuple:
             if name not in MAY_CHANGE and getattr(args, name) != value:
                 raise ValueError(f"--{name} was {value} in {out} and can't become "
                                  f"{getattr(args, name)} now: leave it out, or start a new run")
+    if args.val_data and not args.data:
+        raise ValueError("--val_data without --data: the plays have held-out ones of their own")
+    if args.fsdp and args.optimizer == "muon":
+        raise ValueError("--fsdp cuts matrices in parts, and muon needs them whole: use adamw")
     if args.micro_batch != "auto":
         if not str(args.micro_batch).isdecimal():
             raise ValueError(f"--micro_batch is {args.micro_batch}; it must be a number or auto")
@@ -1402,6 +1421,21 @@ def run(script: str, *arguments):
         sys.exit(code)
 
 
+def exit_code(script: str, story, argv) -> int:
+    """Run story(argv), which returns an exit code; what goes wrong becomes a line and a code."""
+    try:
+        return story(argv)
+    except (ValueError, OSError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:       # before the first step, or asked for twice
+        print("\ninterrupted; the last checkpoint, if there is one, stands", file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 # ---------------------------------------------------------------- training: the loop
 
 def clock(seconds: float) -> str:
@@ -1422,8 +1456,7 @@ def fit(args, out: Path, model, dtype, learn, evaluate, tensors, noted: dict, no
     resumes; `tokenizer` is the folder with the model's. Returns the exit code: 0, or 128 + the
     number of the signal that stopped the run; 2 if the last save failed.
     """
-    rank = torch.distributed.get_rank() if process_count() > 1 else 0
-    device = next(model.parameters()).device
+    rank, device = process_number(), next(model.parameters()).device
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, tokens, seconds_before, best, skipped = 0, 0, 0.0, math.inf, 0

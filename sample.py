@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 from bpe import CHAT_TOKENS, Tokenizer, conversations, encode_chat
-from gpt import DTYPES, GPT, Cache, pick_device
+from gpt import DTYPES, GPT, Cache, pick_device, wrong_flag
 
 
 # ---------------------------------------------------------------- text in, text out
@@ -541,11 +541,6 @@ def number(kind, low, high=math.inf):
         return value
     parse.__name__ = kind.__name__          # in "invalid int value"
     return parse
-
-
-def wrong_flag(message: str):
-    """argparse would print its whole usage; one line is what a person reads."""
-    raise ValueError(f"{message}; see --help")
 
 
 def read_flags(argv) -> argparse.Namespace:

@@ -47,9 +47,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt import (DTYPES, GPT, GPTConfig, accumulate_gradients, add_flags, add_up, clock, fit,
-                 join_processes, mix, nearby, out_folder, pick_device, pick_dtype, process_count,
-                 read_flags, run, shard, shuffled)
+from gpt import (DTYPES, GPT, GPTConfig, accumulate_gradients, add_flags, add_up, clock,
+                 exit_code, fit, join_processes, mix, nearby, open_for_training, out_folder,
+                 pick_device, pick_dtype, process_count, read_flags, run, shard, shuffled)
 
 HERE = Path(__file__).resolve().parent
 
@@ -90,10 +90,6 @@ def make_parser() -> argparse.ArgumentParser:
 def settle(argv):
     """Flags -> (settings, tensors of the run to resume or None, what that run noted)."""
     args, tensors, noted = read_flags(make_parser(), argv)
-    if args.val_data and not args.data:
-        raise ValueError("--val_data without --data: the plays have held-out ones of their own")
-    if args.fsdp and args.optimizer == "muon":
-        raise ValueError("--fsdp cuts matrices in parts, and muon needs them whole: use adamw")
     shape = ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head")
     for name in shape if args.model else ():
         if getattr(args, name) is not None:
@@ -337,16 +333,11 @@ def train(argv=None) -> int:
     # ---- 3. The model, and how long a run it deserves.
     torch.manual_seed(args.seed)
     if args.model:
-        model = GPT.from_pretrained(args.model, dtype=torch.float32)
+        model = open_for_training(args.model, args.dropout)
         if vocab_size > model.config.vocab_size or T > model.config.block_size:
             raise ValueError(f"{args.model} has {model.config.vocab_size} tokens and sees "
                              f"{model.config.block_size}; asked for are {vocab_size} and "
                              f"--block_size {T}")
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = args.dropout
-        for weight in model.parameters():       # a copy in memory, as in restore_run
-            weight.data = weight.data.clone()
     else:
         model = GPT(make_config(args, vocab_size))
     model = model.to(device)
@@ -452,17 +443,7 @@ def train(argv=None) -> int:
 
 
 def main(argv=None) -> int:
-    try:
-        return train(argv)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:       # before the first step, or asked for twice
-        print("\ninterrupted; the last checkpoint, if there is one, stands", file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    return exit_code("train.py", train, argv)
 
 
 if __name__ == "__main__":
