@@ -383,7 +383,8 @@ class Adapted(GPT):
     """A GPT with adapters. What it saves for others has none: W + s B A is a matrix like W."""
 
     def save_pretrained(self, directory, weights: dict | None = None, **extra):
-        merged = dict(self.state_dict() if weights is None else weights)
+        merged = self.state_dict() if weights is None else weights
+        merged = {name: weight.float() for name, weight in merged.items()}
         for name in [name for name in merged if name.endswith("lora_a")]:
             a, b = merged.pop(name), merged.pop(name[:-1] + "b")
             name = name.removesuffix("lora_a") + "weight"
@@ -392,7 +393,7 @@ class Adapted(GPT):
 
 
 def add_lora(model: GPT, rank: int):
-    """Put adapters on all matrices of the layers, and freeze the rest."""
+    """Put adapters on all matrices of the layers, and freeze everything else."""
     model.requires_grad_(False)
     for layer in model.layers:
         for part in layer.self_attn, layer.mlp:
@@ -400,6 +401,14 @@ def add_lora(model: GPT, rank: int):
                 if isinstance(linear, Linear):
                     setattr(part, name, LoRA(linear, rank))
     model.__class__ = Adapted
+
+
+def shrink(model: GPT, dtype):
+    """Keep what does not learn in the type of the products, where that loses nothing: most models
+    come in bf16 and need fp32 only to take small steps."""
+    for weight in model.parameters():
+        if not weight.requires_grad and torch.equal(weight, weight.to(dtype).float()):
+            weight.data = weight.data.to(dtype)
 
 
 # ---------------------------------------------------------------- the story
@@ -489,7 +498,8 @@ def finetune(argv=None) -> int:
     args.dtype = next(name for name, known in DTYPES.items() if known == dtype)
 
     def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        # Copies of weights in this type are not kept for the next use, because there is none.
+        return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
     train_reference = val_reference = None
     if kind == "pairs":         # before there are adapters: the reference is the model without
         facts = [*sorted(Path(args.model).glob("model*.safetensors")),
@@ -505,6 +515,8 @@ def finetune(argv=None) -> int:
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     if args.fsdp and processes > 1:
         shard(model)
+    else:
+        shrink(model, dtype)
     print(f"data    {len(train_rows):,} {kind} to train on, with {data['tokens']:,} tokens, "
           f"{data['targets']:,} of them to be learned; {len(val_rows):,} held out\n"
           f"        {train_rows.dropped} and {val_rows.dropped} more left out; {train_rows.cut} "

@@ -174,8 +174,32 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.is_cpu and x.requires_grad:
+            return RMSNormByHand.apply(x, self.weight, self.eps)
         # The weight in the type of x: torch has one fused kernel for that, none for mixed types.
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class RMSNormByHand(torch.autograd.Function):
+    """The same for training on a CPU, where torch has no kernel for the backward pass: it differentiates
+    operation by operation, which takes twice as long and keeps two more copies of x in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps: float):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()         # 1 / rms
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_y):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale                        # y = weight * unit; its rms is 1 ...
+        by_unit = by_y * weight.to(scale.dtype)
+        # ... whatever x is, so what the gradient has in its direction is taken out.
+        by_x = (by_unit - unit * (by_unit * unit).mean(-1, keepdim=True)).mul_(scale)
+        return by_x.to(x.dtype), (by_y * unit).flatten(0, -2).sum(0), None
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -332,19 +356,52 @@ class Block(nn.Module):
         return x
 
 
-def cross_entropy(x, head: Linear, targets):
-    """-ln p of each target: x (N, C) before the output matrix, targets (N,) -> (N,), nats.
+class TokenLoss(torch.autograd.Function):
+    """-ln p of each target: logits (N, V), targets (N,) -> (N,), nats. A target of -100 (torch's
+    default `ignore_index`) costs 0.
 
-    A target of -100 (torch's default `ignore_index`) costs 0. The logits of all N places at once
-    would be the largest thing in memory by far. So they are made in pieces, which are forgotten
-    and, in the backward pass, made once more.
+    p is softmax(logits), and the gradient by the logits is p, less 1 at the target. Both in fp32: a
+    sum over V terms in bf16 would lose the small ones. But in small pieces, which fit a cache; and
+    the gradient is written over the logits. So there is one copy of them, where autograd alone
+    would need four.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.rows = max(1, (2**22 if logits.is_cpu else 2**26) // logits.shape[1])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        parts = zip(logits.split(ctx.rows), targets.split(ctx.rows))
+        losses = torch.cat([F.cross_entropy(part.to(wide), ids, reduction="none")
+                            for part, ids in parts])
+        ctx.save_for_backward(logits, targets, losses)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_losses):
+        logits, targets, losses = ctx.saved_tensors
+        by_losses = by_losses.masked_fill(targets == -100, 0)[:, None]
+        ids = targets.clamp(min=0)[:, None]                         # (N, 1), as all here
+        log_sum = losses[:, None] + logits.gather(1, ids)           # ln of the sum of exp(logits)
+        for part, *rows in zip(*(of.split(ctx.rows) for of in (logits, ids, log_sum, by_losses))):
+            ids, log_sum, by_loss = rows
+            p = (part - log_sum).exp_()
+            part.copy_(p.scatter_add_(1, ids, -torch.ones_like(log_sum)).mul_(by_loss))
+        return logits, None
+
+
+def cross_entropy(x, head: Linear, targets):
+    """TokenLoss of the logits that `head` makes of x, (N, C).
+
+    The logits of all N places would be the largest thing in memory by far. If they are more than
+    128 MB (GPU: 512), they are made in pieces, which are forgotten and made again in the backward
+    pass.
     """
     def piece(x, targets):
-        # At least fp32: a sum over V terms in bf16 would lose the small ones.
-        logits = head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction="none")
-    size = max(1, 2**24 // len(head.weight))        # rows that make 16 million logits
+        return TokenLoss.apply(head(x), targets)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    size = max(1, (2**27 if x.is_cpu else 2**29) // (len(head.weight) * dtype.itemsize))    # rows
     if len(x) <= size:
         return piece(x, targets)
     return torch.cat([checkpoint(piece, *both, use_reentrant=False)

@@ -16,9 +16,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -164,6 +166,18 @@ def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named):
     assert all(word in str(refusal.value) for word in named) and "\n" not in str(refusal.value)
 
 
+def test_the_norm_by_hand_is_torchs():
+    # Dimensions: rows, places, heads, coordinates.
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    norm = gpt.RMSNorm(6, 1e-2).double()
+    torch.nn.init.normal_(norm.weight)
+    by_y, answers = torch.randn_like(x), []
+    for y in norm(x), F.rms_norm(x, (6,), norm.weight, 1e-2):
+        answers.append([y, *torch.autograd.grad(y, (x, norm.weight), by_y)])
+    assert isinstance(answers[0][0].grad_fn, gpt.RMSNormByHand._backward_cls)
+    assert all((ours - torchs).abs().max() < 1e-12 for ours, torchs in zip(*answers))
+
+
 # ---------------------------------------------------------------- gpt.py: the loss
 
 def test_targets_of_minus_100_are_left_out():
@@ -205,10 +219,10 @@ def test_the_loss_never_holds_all_logits():
                 if isinstance(tensor, torch.Tensor):
                     self.size = max(self.size, tensor.nbytes)
             return result
-    model, tokens = tiny(vocab_size=50000, n_embd=8), ids(10, 96, vocab_size=50000)
+    model, tokens = tiny(vocab_size=50000, n_embd=8), ids(30, 96, vocab_size=50000)
     with Largest() as largest:
         model(tokens, tokens).backward()
-    assert 50000 * 8 * 4 < largest.size <= 2**24 * 4 < 10 * 96 * 50000 * 4 / 2
+    assert 50000 * 8 * 4 < largest.size <= 2**27 < 30 * 96 * 50000 * 4 / 2
 
 
 @pytest.mark.parametrize("family", gpt.FAMILIES)
@@ -1210,13 +1224,36 @@ def test_adapters_begin_as_nothing_learn_alone_and_merge(tmp_path):
     assert (merged(tokens) - after).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["chats", "pairs"])
-def test_the_first_steps_are_those_of_trl(school, place, saved, kind, tmp_path):
-    trl = pytest.importorskip("trl")
+def test_frozen_weights_take_half_the_memory_where_that_loses_nothing(tmp_path):
+    model, tokens = restless(tiny()), ids(2, 20)
+    with torch.no_grad():       # as of a file in bf16, but for one matrix
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+        model.layers[1].mlp.up_proj.weight += 1e-5
+    finetune.add_lora(model, 3)
+    torch.nn.init.normal_(model.layers[0].mlp.up_proj.lora_b)
+    answers = []
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, tokens)
+        loss.backward()
+        model.save_pretrained(tmp_path)
+        answers.append([loss, *(w.grad for w in model.parameters() if w.requires_grad),
+                        *GPT.from_pretrained(tmp_path).parameters()])
+        finetune.shrink(model, torch.bfloat16)
+    for name, weight in model.named_parameters():
+        assert (weight.dtype == torch.float32) == (
+            weight.requires_grad or name == "layers.1.mlp.up_proj.weight")
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*answers))
+
+
+def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
+    """TRL's trainer for these rows in this order, 4 at once, in fp32 weights."""
+    import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    rows, found = rows_at(school, kind), []
-    numbers = finetune.batch(0, 12, rows, 1)
+    found = []
     for i in numbers:
         chats = [(rows.ids[a:b].tolist(), rows.mask[a:b].tolist()) for a, b in rows.spans[i]]
         if kind == "chats":
@@ -1236,14 +1273,23 @@ def test_the_first_steps_are_those_of_trl(school, place, saved, kind, tmp_path):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
     extra = {"dataset_kwargs": {"skip_prepare_dataset": True}} if kind == "chats" else {"beta": 0.1}
-    tokenizer = AutoTokenizer.from_pretrained(saved)
-    trainer = Trainer(
-        AutoModelForCausalLM.from_pretrained(school / "model", dtype=torch.float32),
-        args=config(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, max_steps=3,
-                    learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
-                    adam_beta2=0.95, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-                    max_length=None, save_strategy="no", disable_tqdm=True, **extra),
-        train_dataset=Dataset.from_list(found), processing_class=tokenizer)
+    return Trainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=config(per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.0,
+                    adam_beta2=0.95, logging_steps=1, report_to=[], use_cpu=True, max_length=None,
+                    gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+                    **settings, **extra),
+        train_dataset=Dataset.from_list(found),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs"])
+def test_the_first_steps_are_those_of_trl(school, place, saved, kind, tmp_path):
+    pytest.importorskip("trl")
+    rows = rows_at(school, kind)
+    trainer = trl_trainer(kind, rows, finetune.batch(0, 12, rows, 1), school / "model", saved,
+                          output_dir=str(tmp_path / "trl"), max_steps=3, learning_rate=1e-3,
+                          bf16=False)
     trainer.train()
     names = {"loss": "loss", "grad_norm": "grad_norm"}
     if kind == "pairs":
@@ -2694,12 +2740,13 @@ def take_turns(contenders: dict, rounds: int) -> dict:
     return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
 
 
-def print_speeds(title: str, count: int, seconds: dict, unit="tokens/s"):
-    """A table: `count` things done in so many seconds, and as a share of the first row's speed."""
+def print_speeds(title: str, count: int, seconds: dict, also={}):
+    """A table: `count` tokens done in so many seconds, and as a share of the first row's speed."""
     print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}")
     first = next(iter(seconds.values()))
     for name, took in seconds.items():
-        print(f"  {name:32} {count / took:10,.0f} {unit}   {first / took:5.2f} of the first")
+        print(f"  {name:40} {count / took:10,.0f} tokens/s   {first / took:5.2f} of the first   "
+              + also.get(name, ""))
 
 
 def training_step(model, loss, dtype):
@@ -2735,30 +2782,55 @@ def bench_training():
                  f"tokens, products in {dtype}", 8 * 256, take_turns(steps, 10))
 
 
-def bench_nanogpt(checkout: Path):
-    """A training step beside nanoGPT's, of the same shape: as it ships for a CPU (fp32), and with
-    what it could be given (bf16, torch.compile)."""
-    spec = importlib.util.spec_from_file_location("nanogpt", checkout / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt"] = nanogpt
-    spec.loader.exec_module(nanogpt)
-    bf16 = torch.bfloat16
-    for title, rows, shape in (("10.6M, Shakespeare", 16, (65, 256, 6, 384, 6)),
-                               ("124M, GPT-2", 4, (50304, 256, 12, 768, 12))):
-        vocab_size, T, n_layer, n_embd, n_head = shape
-        x, y = ids(rows, T, vocab_size=vocab_size), ids(rows, T, vocab_size=vocab_size, seed=1)
-        ours = GPT(GPTConfig(*shape, family="gpt2"))
-        theirs = nanogpt.GPT(nanogpt.GPTConfig(
+NANOGPT_SHAPES = {"10.6M, Shakespeare": (16, (65, 256, 6, 384, 6)),
+                  "124M, GPT-2": (4, (50304, 256, 12, 768, 12))}
+
+
+def nanogpt_contender(name: str, shape: str, checkout: Path, pipe):
+    """A process that makes a training step whenever it is asked to, and at last says how much
+    memory that took, in MB."""
+    torch.set_num_threads(os.cpu_count())
+    rows, (vocab_size, T, n_layer, n_embd, n_head) = NANOGPT_SHAPES[shape]
+    x, y = ids(rows, T, vocab_size=vocab_size), ids(rows, T, vocab_size=vocab_size, seed=1)
+    if "gpt.py" in name:
+        gpt.pick_device("cpu")
+    if name.startswith("gpt.py"):
+        model = GPT(GPTConfig(vocab_size, T, n_layer, n_embd, n_head, family="gpt2"))
+    else:
+        spec = importlib.util.spec_from_file_location("nanogpt", checkout / "model.py")
+        nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
+        model = nanogpt.GPT(nanogpt.GPTConfig(
             block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
             dropout=0.0, bias=True))
-        fast_ours, fast_theirs = torch.compile(ours), torch.compile(theirs)
-        print_speeds(f"training step, {title}, {rows} rows of {T} tokens", rows * T, take_turns({
-            "nanoGPT, fp32, as it ships": training_step(theirs, lambda: theirs(x, y)[1],
-                                                        torch.float32),
-            "nanoGPT, bf16": training_step(theirs, lambda: theirs(x, y)[1], bf16),
-            "nanoGPT, bf16, compiled": training_step(theirs, lambda: fast_theirs(x, y)[1], bf16),
-            "gpt.py, bf16": training_step(ours, lambda: ours(x, y), bf16),
-            "gpt.py, bf16, compiled": training_step(ours, lambda: fast_ours(x, y), bf16)}, 3))
+    run = torch.compile(model) if "compiled" in name else model
+    step = training_step(
+        model, lambda: run(x, y) if name.startswith("gpt.py") else run(x, y)[1],
+        torch.bfloat16 if "bf16" in name else torch.float32)
+    while pipe.recv():
+        step()
+        pipe.send(None)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def bench_nanogpt(checkout: Path):
+    """A training step beside nanoGPT's, of the same shape: as it ships for a CPU (fp32), and with
+    what it could be given (bf16, torch.compile, memory that is kept). Each has a process of its
+    own, because what one sets up would help the others."""
+    spawn = multiprocessing.get_context("spawn")
+    for shape, (rows, (_, T, *_)) in NANOGPT_SHAPES.items():
+        pipes, turns, memory = {}, {}, {}
+        for name in ("nanoGPT, fp32, as it ships", "nanoGPT, bf16", "nanoGPT, bf16, compiled",
+                     "nanoGPT, bf16, compiled, gpt.py's malloc",
+                     "gpt.py, bf16", "gpt.py, bf16, compiled"):
+            pipes[name], theirs = spawn.Pipe()
+            spawn.Process(target=nanogpt_contender, args=(name, shape, checkout, theirs)).start()
+            turns[name] = lambda pipe=pipes[name]: (pipe.send(True), pipe.recv())
+        seconds = take_turns(turns, 3)
+        for name, pipe in pipes.items():
+            pipe.send(False)
+            memory[name] = f"{pipe.recv():6,.0f} MB"
+        print_speeds(f"training step, {shape}, {rows} rows of {T}", rows * T, seconds, memory)
 
 
 def bench_decoding(folder: Path):
@@ -2787,6 +2859,74 @@ def bench_decoding(folder: Path):
                     many, gpt.Cache(model, 1, 512)))
     print_speeds(f"decoding, {folder.name}, 64 tokens after 16", 64, take_turns(decode, 5))
     print_speeds(f"reading a prompt, {folder.name}, 512 tokens", 512, take_turns(prefill, 5))
+
+
+def trl_steps(kind, npz: Path, folder: Path, pipe):
+    """A process of its own: seconds of each of 8 steps of TRL, and memory at most, in MB."""
+    from transformers import TrainerCallback
+    torch.set_num_threads(os.cpu_count())
+    times, rows = [], finetune.open_tokens([npz], kind, 1024)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times[-1] = time.perf_counter() - times[-1]
+    trainer = trl_trainer(kind, rows, finetune.batch(0, 32, rows, 1), folder, folder, max_steps=8,
+                          output_dir=str(npz.with_suffix("")), learning_rate=1e-5, bf16=True)
+    trainer.add_callback(Clock())
+    trainer.train()
+    pipe.send((times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def bench_finetuning(folder: Path):
+    """A step of SFT and of DPO beside TRL's: the same 4 rows, products in bf16, weights in fp32;
+    each run is a process of its own, and all have their turn twice."""
+    here, words = Path(__file__).parent, "\n".join(topics.values()).split()
+    with tempfile.TemporaryDirectory() as place:
+        for kind, method, n in ("chats", "sft", 40), ("pairs", "dpo", 28):
+            text = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
+            npz = Path(place, f"{kind}.npz")
+            npz.with_suffix(".jsonl").write_text("\n".join(json.dumps(
+                {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+                if kind == "chats" else {"prompt": a, "chosen": b, "rejected": c})
+                for a, b, c in zip(*[iter(text)] * 3)))
+            subprocess.run([sys.executable, here / "bpe.py", "encode", npz.with_suffix(".jsonl"),
+                            "--tokenizer", folder, "--out", npz], check=True)
+
+            def ours(*flags):
+                shutil.rmtree(Path(place, "ours"), ignore_errors=True)
+                process = subprocess.Popen(
+                    [sys.executable, here / "finetune.py", method, "--model", folder, "--data", npz,
+                     "--val_data", npz, "--batch", "4", "--max_steps", "8", "--log_every", "1",
+                     "--eval_every", "8", "--lr", "1e-5", "--dtype", "bf16", "--out",
+                     Path(place, "ours"), *flags], stdout=subprocess.DEVNULL)
+                memory = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+                lines = Path(place, "ours", "metrics.jsonl").read_text().splitlines()
+                return np.diff([json.loads(line)["seconds"] for line in lines]).tolist(), memory
+
+            def trls():
+                pipe, theirs = multiprocessing.Pipe()
+                process = multiprocessing.get_context("spawn").Process(
+                    target=trl_steps, args=(kind, npz, folder, theirs))
+                process.start()
+                answer = pipe.recv()
+                process.join()
+                return answer
+            contenders = {"TRL": trls, "finetune.py": ours,
+                          "finetune.py --recompute": lambda: ours("--recompute"),
+                          "finetune.py --lora 8": lambda: ours("--lora", "8")}
+            times, memory = {name: [] for name in contenders}, {}
+            for _ in range(2):
+                for name, contender in contenders.items():
+                    seconds, memory[name] = contender()
+                    times[name] += seconds[1:]
+            rows = finetune.open_tokens([npz], kind, 1024)
+            print_speeds(f"{method}, {folder.name}, 4 rows, {rows.tokens.mean():.0f} tokens each",
+                         4 * rows.tokens.mean(),
+                         {name: sorted(found)[len(found) // 2] for name, found in times.items()},
+                         {name: f"{most:6,.0f} MB" for name, most in memory.items()})
 
 
 def bench_corpora(n_bytes):
@@ -2881,7 +3021,12 @@ if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count())
     gpt.pick_device("cpu")
     for folder in map(Path, sys.argv[2:]):      # a checkout of nanoGPT, or the directory of a model
-        (bench_nanogpt if (folder / "model.py").exists() else bench_decoding)(folder)
+        if (folder / "model.py").exists():
+            bench_nanogpt(folder)
+        else:
+            bench_decoding(folder)
+            if importlib.util.find_spec("trl"):
+                bench_finetuning(folder)
     if not sys.argv[2:]:
         bench_training()
         bench_tokenizer()
