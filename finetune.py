@@ -73,8 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--block_size", type=int, help="tokens of a row, at most [as many as the model can see]")
     add("--batch", type=int, default=32, help="chats, or pairs, per step [%(default)s]")
     add("--lr", type=float, help="peak learning rate [by the size of the model]")
-    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: 0.5, because what "
-        "is preferred is soon learned, and after that other things are forgotten]")
+    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: a quarter, because "
+        "what is preferred is soon learned, and after that other things are forgotten]")
     add("--max_steps", type=int, help="updates of the weights [by --epochs]")
     add = parser.add_argument_group("method").add_argument
     add("--beta", type=float, default=0.5, help="dpo: how strongly it is held to where it began; "
@@ -99,7 +99,7 @@ def settle(argv):
     if args.lora < 0 or not 0 <= args.label_smoothing < 0.5:
         raise ValueError(f"--lora {args.lora} must be at least 0, --label_smoothing "
                          f"{args.label_smoothing} at least 0 and less than 0.5")
-    args.epochs = args.epochs or (1.0 if args.method == "sft" else 0.5)
+    args.epochs = args.epochs or (1.0 if args.method == "sft" else 0.25)
     args.model = args.model or str(
         Path("out", "shakespeare" if args.method == "sft" else "sft").resolve())
     for path in [args.model, *(args.data or []), *(args.val_data or [])]:
@@ -565,8 +565,10 @@ def finetune(argv=None) -> int:
                 row["val_sft_loss"] = chats["val_loss"]
             return row
         row = held_out(512)
-        if last:        # of all
-            row = held_out(10**9) | {"comparable": row["val_loss"]}
+        if last:
+            row["comparable"] = row["val_loss"]
+            if max(len(val_rows), len(val_chats)) > 512:
+                row |= held_out(10**9)
         return row, in_words(row, before or row, args.beta)
     before = noted.get("before")
     if before is None:

@@ -181,8 +181,8 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormByHand(torch.autograd.Function):
-    """The same for training on a CPU, where torch has no kernel for the backward pass: it differentiates
-    operation by operation, which takes twice as long and keeps two more copies of x in fp32."""
+    """The same for training on a CPU. There torch has no kernel for the backward pass, but goes
+    through it operation by operation: in twice the time, and keeping two copies of x in fp32."""
 
     @staticmethod
     def forward(ctx, x, weight, eps: float):

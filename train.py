@@ -425,9 +425,11 @@ def train(argv=None) -> int:
                                args.eval_tokens)
         row = {"val_loss": loss}
         if last:
-            loss, count = evaluate(model, val_tokens, T, micro_batch, device, autocast,
-                                   len(val_tokens))
-            row = {"val_loss": loss, "val_tokens": count, "comparable": row["val_loss"]}
+            row["comparable"] = loss
+            if count < len(val_tokens) - 1:
+                loss, count = evaluate(model, val_tokens, T, micro_batch, device, autocast,
+                                       len(val_tokens))
+            row |= {"val_loss": loss, "val_tokens": count}
         words = f"{loss:.4f} nats per token"
         if bits:
             row["val_bpb"] = loss * bits
