@@ -1990,6 +1990,30 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, error, co
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_thou_is_counted_in_replies_up_to_their_end(tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "shakespeare" / "chat").mkdir(parents=True)
+    (tmp_path / "shakespeare" / "chat" / "val.jsonl").write_text("".join(
+        json.dumps({"messages": [{"role": "user", "content": f"speech {i}"}]}) + "\n"
+        for i in range(8)))
+    end, prompts = "<|im_end|>", []
+    # By hand: thou, thy, thee; you, your. "thousand" and "youth" are none, nor is what follows an
+    # end. Of four replies three end.
+    script = ["Thou art a thousand." + end + "you you", "Thy youth, and YOU!" + end,
+              "your thee", end + "thou"]
+
+    class Model:
+        def generate(self, asked, most, stop, seed):
+            prompts.extend(map(tokenizer.decode, asked))
+            rows = [tokenizer.encode(text, allowed_special="all") for text in script]
+            for step in itertools.zip_longest(*rows, fillvalue=tokenizer.encode(".")[0]):
+                yield torch.tensor(step)
+    monkeypatch.setattr(sample, "open_model", lambda *_: (Model(), tokenizer))
+    shakespeare.count_thou(tmp_path, ["it"], replies=4)
+    assert [f"speech {i}" in prompt for i, prompt in zip((0, 2, 4, 6), prompts)] == [True] * 4
+    words = capsys.readouterr().out
+    assert words.startswith("it: 3 thou and 2 you in 4 replies, 60% thou; 75% end within 200")
+
+
 def test_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     assert shakespeare.main(tmp_path / "file") == 2     # root may write anywhere, but not in a file
