@@ -449,7 +449,7 @@ class GPT(nn.Module):
             losses = cross_entropy(x[places], self.head, flat[places])
             losses = losses.new_zeros(len(flat)).index_put((places,), losses)
         if reduction == "none":
-            return losses.view(targets.shape)
+            return losses.view(targets.shape).clone()       # FSDP wants no views
         return losses.sum() / (flat != -100).sum().clamp(min=1)
 
     def hidden(self, tokens, cache=None, lengths=None):
@@ -1108,7 +1108,9 @@ def shard(model):
     from torch.distributed.fsdp import fully_shard
     for layer in model.layers:
         fully_shard(layer)
-    fully_shard(model)
+    # True, which is not the default of the outermost: else its weights would still be whole after
+    # an evaluation, and an optimizer made then would hold copies that are about to be thrown away.
+    fully_shard(model, reshard_after_forward=True)
 
 
 def whole(tensor):

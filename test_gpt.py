@@ -1304,6 +1304,24 @@ def test_the_first_steps_are_those_of_trl(school, place, saved, kind, tmp_path):
             assert step[name] == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-6), name
 
 
+def test_a_finetuning_by_two_processes_is_that_by_one(school, place, tmp_path):
+    alone = step_of(school, place, tmp_path / "alone", "pairs")
+    files = ("--data", school / "pairs.npz", "--val_data", school / "pairs.npz")
+    for sharded in (), ("--fsdp",):
+        out = tmp_path / "".join(["together", *sharded])
+        process = start(place, "torch.distributed.run", "--master_port",
+                        random.randint(20000, 60000), "--nproc_per_node", 2, "finetune.py", "dpo",
+                        "--model", school / "model", *files, "--out", out, *FEW, *sharded,
+                        script="-m")
+        said = "".join(process.communicate(timeout=300))
+        assert process.returncode == 0, said
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for ours, theirs in zip(alone, rows, strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+            assert theirs["margin"] == pytest.approx(ours["margin"], rel=1e-3, abs=1e-5)
+        assert rows[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["chats", "pairs"])
 def test_a_finetuning_is_the_same_however_it_is_cut_and_resumed(school, place, kind, tmp_path):
     whole = step_of(school, place, tmp_path / "whole", kind, "--lora", 2 * (kind == "pairs"))
