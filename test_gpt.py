@@ -2868,7 +2868,7 @@ def bench_nanogpt(checkout: Path):
             pipes[name], theirs = spawn.Pipe()
             spawn.Process(target=nanogpt_contender, args=(name, shape, checkout, theirs)).start()
             turns[name] = lambda pipe=pipes[name]: (pipe.send(True), pipe.recv())
-        seconds = take_turns(turns, 3)
+        seconds = take_turns(turns, 5)
         for name, pipe in pipes.items():
             pipe.send(False)
             memory[name] = f"{pipe.recv():6,.0f} MB"
