@@ -131,7 +131,8 @@ def chat_tokenizer(model: Path) -> tuple[dict, dict, int]:
                                   for i, name in enumerate(new)]
     if isinstance(config.get("bos_token"), dict):       # the way of older files
         config["bos_token"] = config["bos_token"]["content"]
-    return tokenizer, config | {"chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]}, new
+    config |= {"chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]}
+    return tokenizer, config, len(new)
 
 
 def token_files(args) -> tuple[list[Path], list[Path], Path, int]:
@@ -175,7 +176,7 @@ def token_files(args) -> tuple[list[Path], list[Path], Path, int]:
             # bpe.py writes each file whole, and the .json last: what is there is complete.
             if not file.with_suffix(".json").exists():
                 run("bpe.py", "encode", text, "--part", part, "--tokenizer", folder, "--out", file)
-    return *made, folder, len(new)
+    return *made, folder, new
 
 
 @dataclass
@@ -357,12 +358,15 @@ def in_words(row: dict, before: dict, beta: float) -> str:
 
 # ---------------------------------------------------------------- adapters
 
+LORA_ALPHA = 32
+
+
 class LoRA(Linear):
     """y = x (W + s B A)^T + b with W and b frozen: A (r, in) and B (out, r) learn
     (arXiv:2106.09685, equation 3). So gradients and optimizer state are small.
 
-    B begins at 0, and the model as it was. s = 32 / r makes the best learning rate about the same
-    for each rank, ten times that for all weights (https://thinkingmachines.ai/blog/lora).
+    B begins at 0, and the model as it was. s = alpha / r makes the best learning rate about the
+    same for each rank, ten times that for all weights (https://thinkingmachines.ai/blog/lora).
     """
 
     def __init__(self, linear: Linear, rank: int):
@@ -376,7 +380,7 @@ class LoRA(Linear):
 
     def forward(self, x):
         more = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return super().forward(x) + more * (32 / len(self.lora_a))
+        return super().forward(x) + more * (LORA_ALPHA / len(self.lora_a))
 
 
 class Adapted(GPT):
@@ -388,7 +392,7 @@ class Adapted(GPT):
         for name in [name for name in merged if name.endswith("lora_a")]:
             a, b = merged.pop(name), merged.pop(name[:-1] + "b")
             name = name.removesuffix("lora_a") + "weight"
-            merged[name] = merged[name] + 32 / len(a) * b @ a
+            merged[name] = merged[name] + LORA_ALPHA / len(a) * b @ a
         super().save_pretrained(directory, merged, **extra)
 
 

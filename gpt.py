@@ -356,6 +356,12 @@ class Block(nn.Module):
         return x
 
 
+def product_dtype(x) -> torch.dtype:
+    """In which x will be multiplied by weights: that of autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class TokenLoss(torch.autograd.Function):
     """-ln p of each target: logits (N, V), targets (N,) -> (N,), nats. A target of -100 (torch's
     default `ignore_index`) costs 0.
@@ -399,9 +405,8 @@ def cross_entropy(x, head: Linear, targets):
     """
     def piece(x, targets):
         return TokenLoss.apply(head(x), targets)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    size = max(1, (2**27 if x.is_cpu else 2**29) // (len(head.weight) * dtype.itemsize))    # rows
+    row = len(head.weight) * product_dtype(x).itemsize      # bytes
+    size = max(1, (2**27 if x.is_cpu else 2**29) // row)
     if len(x) <= size:
         return piece(x, targets)
     return torch.cat([checkpoint(piece, *both, use_reentrant=False)
@@ -471,9 +476,8 @@ class GPT(nn.Module):
                              "positions")
         else:
             x = x + self.embed_positions.rows(positions)
-        if torch.is_autocast_enabled(x.device.type):
-            # What the layers add is in this type anyway; the sum in it halves the memory traffic.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # What the layers add is in this type anyway; the sum in it halves the memory traffic.
+        x = x.to(product_dtype(x))
         seen = None if cache is None else cache.seen(T)
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():

@@ -759,6 +759,12 @@ def start(place, *arguments, script="train.py"):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def start_two(place, script, *arguments):
+    """By torchrun, as two processes."""
+    return start(place, "torch.distributed.run", "--master_port", random.randint(20000, 60000),
+                 "--nproc_per_node", 2, script, *arguments, script="-m")
+
+
 def finish(place, *arguments, script="train.py", code=0) -> str:
     process = start(place, *arguments, script=script)
     out, err = process.communicate(timeout=600)
@@ -869,8 +875,7 @@ def test_a_model_that_there_is_may_be_trained_on(unbroken, place, text, tmp_path
 
 
 @pytest.mark.parametrize("first, then", [
-    (("--nproc_per_node", "2"), ()), ((), ("--nproc_per_node", "2", "--fsdp")),
-    (("--nproc_per_node", "2", "--fsdp"), ())])
+    (("two",), ()), ((), ("two", "--fsdp")), (("two", "--fsdp"), ())])
 def test_any_number_of_processes_walks_the_same_curve(
         unbroken, place, text, tmp_path_factory, first, then):
     # The same 30 steps: by one process, and begun in one way, stopped by SIGTERM as a scheduler
@@ -881,11 +886,8 @@ def test_any_number_of_processes_walks_the_same_curve(
         finish(place, "--data", text, "--out", alone, *shape)
 
     def processes(how, *arguments):
-        torchrun = ["-m", "torch.distributed.run", "--master_port", random.randint(20000, 60000),
-                    *how[:2]]
-        flags = [*map(str, arguments), *how[2:]]
-        return (start(place, *flags) if not how else
-                start(place, *torchrun[1:], "train.py", *flags, script="-m"))
+        return (start(place, *arguments) if not how else
+                start_two(place, "train.py", *arguments, *how[1:]))
     out = tmp_path_factory.mktemp("processes") / "run"
     process = processes(first, "--data", text, "--out", out, *shape)
     deadline = time.time() + 300
@@ -1309,10 +1311,8 @@ def test_a_finetuning_by_two_processes_is_that_by_one(school, place, tmp_path):
     files = ("--data", school / "pairs.npz", "--val_data", school / "pairs.npz")
     for sharded in (), ("--fsdp",):
         out = tmp_path / "".join(["together", *sharded])
-        process = start(place, "torch.distributed.run", "--master_port",
-                        random.randint(20000, 60000), "--nproc_per_node", 2, "finetune.py", "dpo",
-                        "--model", school / "model", *files, "--out", out, *FEW, *sharded,
-                        script="-m")
+        process = start_two(place, "finetune.py", "dpo", "--model", school / "model", *files,
+                            "--out", out, *FEW, *sharded)
         said = "".join(process.communicate(timeout=300))
         assert process.returncode == 0, said
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -2925,7 +2925,7 @@ def trl_steps(kind, npz: Path, folder: Path, pipe):
 def bench_finetuning(folder: Path):
     """A step of SFT and of DPO beside TRL's: the same 4 rows, products in bf16, weights in fp32;
     each run is a process of its own, and all have their turn twice."""
-    here, words = Path(__file__).parent, "\n".join(topics.values()).split()
+    words = "\n".join(topics.values()).split()
     with tempfile.TemporaryDirectory() as place:
         for kind, method, n in ("chats", "sft", 40), ("pairs", "dpo", 28):
             text = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
@@ -2934,13 +2934,13 @@ def bench_finetuning(folder: Path):
                 {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
                 if kind == "chats" else {"prompt": a, "chosen": b, "rejected": c})
                 for a, b, c in zip(*[iter(text)] * 3)))
-            subprocess.run([sys.executable, here / "bpe.py", "encode", npz.with_suffix(".jsonl"),
+            subprocess.run([sys.executable, HERE / "bpe.py", "encode", npz.with_suffix(".jsonl"),
                             "--tokenizer", folder, "--out", npz], check=True)
 
             def ours(*flags):
                 shutil.rmtree(Path(place, "ours"), ignore_errors=True)
                 process = subprocess.Popen(
-                    [sys.executable, here / "finetune.py", method, "--model", folder, "--data", npz,
+                    [sys.executable, HERE / "finetune.py", method, "--model", folder, "--data", npz,
                      "--val_data", npz, "--batch", "4", "--max_steps", "8", "--log_every", "1",
                      "--eval_every", "8", "--lr", "1e-5", "--dtype", "bf16", "--out",
                      Path(place, "ours"), *flags], stdout=subprocess.DEVNULL)
