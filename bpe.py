@@ -42,6 +42,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 
@@ -577,6 +578,9 @@ class Tokenizer:
         if all(name in self.special_tokens for name in CHAT_TOKENS):
             config["chat_template"] = CHAT_TEMPLATE
         write_json(os.path.join(directory, "tokenizer_config.json"), config)
+        ends = self.special_tokens.get(self.divider)
+        write_json(os.path.join(directory, "generation_config.json"),
+                   {} if ends is None else {"bos_token_id": ends, "eos_token_id": ends})
 
 
 # ---------------------------------------------------------------------------------- load and save
@@ -837,7 +841,7 @@ def read_rows(path, at, begins, text):
             if not isinstance(row, dict) or not isinstance(row.get("text", ""), str):
                 raise ValueError('not an object, or its "text" is not a string')
             row = row["text"] if "text" in row else conversations(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             with open(path, "rb") as stream:
                 number += stream.read(at).count(b"\n")
             raise ValueError(f"{path}, line {number}: {error}") from None
@@ -861,6 +865,10 @@ def count_slice(piece, pattern):
 def encode_slice(piece, tokenizer):
     """... for encode: -> numbers of bytes, documents and rows of each kind; ids, mask, lengths"""
     numbers, ids, mask, lengths = Counter(), [[]], [], []
+    path, at, _, text = piece
+    if at < PIECE:                            # what gzip needs for it, to compare a model with
+        numbers["gzip_in"] = len(text.encode("utf-8", "replace"))
+        numbers["gzip_out"] = len(zlib.compress(text.encode("utf-8", "replace")))
     for begins, row in read_rows(*piece):
         numbers["bytes"] += sum(len(text.encode("utf-8", "replace")) for text in texts_of(row))
         numbers["documents"] += begins
@@ -951,7 +959,7 @@ def encode_command(args):
     if not tokenizer.divider:
         raise ValueError(f"{args.tokenizer}: no {' or '.join(DIVIDERS)} to put between documents")
     numbers, parts = Counter(), []
-    sidecar = os.path.splitext(args.out)[0] + ".json"
+    sidecar, digest = args.out + ".json", hashlib.sha256()
     with whole_file(args.out) as file:
         file.seek(128)                        # the header is written when all is known
         for some, *arrays in parallel(encode_slice, args.files, args.part, tokenizer, "encoded"):
@@ -962,6 +970,8 @@ def encode_command(args):
                 raise ValueError(f"--out {args.out}: {' and '.join(kinds)} in these files, "
                                  "but text goes to one .npy, and chats, or pairs, to one .npz")
             numbers["tokens"] += len(arrays[0])
+            for array in arrays:
+                digest.update(array)
             if ending == ".npy":
                 file.write(arrays[0])
             else:
@@ -979,9 +989,40 @@ def encode_command(args):
         with contextlib.suppress(FileNotFoundError):
             os.remove(sidecar)                               # no old one beside a new file
     write_json(sidecar, {"tokenizer": fingerprint, "vocab_size": len(tokenizer), "kind": kinds[0],
+                         "digest": digest.hexdigest(),
+                         "gzip_bpb": 8 * numbers["gzip_out"] / max(1, numbers["gzip_in"]),
                          **{key: numbers[key] for key in ("tokens", "bytes", "documents")}})
     print(f"{args.out}: {numbers['tokens']:,} tokens of "
           f"{numbers['bytes'] / numbers['tokens']:.2f} bytes on average")
+
+
+def chat_command(args):
+    """Make a model's tokenizer ready for chats: <|im_start|> and <|im_end|>, where it lacks them,
+    with the ids that follow its own; the template; and what ends a reply."""
+    folder = args.tokenizer
+    with open(tokenizer_file(folder), encoding="utf-8") as file:
+        tokenizer = json.load(file)
+    config = os.path.join(folder, "tokenizer_config.json")
+    if os.path.exists(config):
+        with open(config, encoding="utf-8") as file:
+            config = json.load(file)
+    else:
+        config = {}
+    known = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids = known | {}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for name in CHAT_TOKENS:
+        if name not in ids:
+            ids[name] = 1 + max([*tokenizer["model"]["vocab"].values(), *ids.values()])
+            tokenizer["added_tokens"].append({"id": ids[name], "content": name, "special": True}
+                                             | flags)
+    write_json(os.path.join(args.out, "tokenizer.json"), tokenizer)
+    write_json(os.path.join(args.out, "tokenizer_config.json"), config | {
+        "chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]})
+    write_json(os.path.join(args.out, "generation_config.json"), {
+        "bos_token_id": ids.get(DIVIDERS[0], ids[CHAT_TOKENS[0]]),
+        "eos_token_id": ids[CHAT_TOKENS[1]]})
+    print(f"{args.out}: {len(ids) - len(known)} new tokens for chats")
 
 
 def show_command(args):
@@ -1005,9 +1046,14 @@ def show_command(args):
                 print()
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                 # argparse itself would print its whole usage before
+        raise ValueError(f"{message}; see --help")
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="bpe.py", description="byte-level BPE tokenizer")
-    commands = parser.add_subparsers(required=True, metavar="train|encode|show")
+    parser = Parser(prog="bpe.py", description="byte-level BPE tokenizer")
+    commands = parser.add_subparsers(required=True, metavar="train|encode|show|chat")
     train = commands.add_parser("train", help="learn a tokenizer from text")
     encode = commands.add_parser("encode", help="text to a file of token ids")
     show = commands.add_parser("show", help="text cut into coloured tokens")
@@ -1019,15 +1065,18 @@ def main():
                        help="number of tokens; more: shorter encodings, larger embeddings")
     train.add_argument("--pattern", default="llama3", choices=PATTERNS,
                        help="how text is split before merging (default %(default)s)")
-    for command in encode, show:
+    chat = commands.add_parser("chat", help="make a tokenizer ready for chats")
+    chat.set_defaults(function=chat_command, files=[])
+    chat.add_argument("--out", required=True, help="directory for the new one")
+    for command in encode, show, chat:
         command.add_argument("--tokenizer", required=True, metavar="DIR",
                              help="directory with a tokenizer.json, or such a file")
     for command, what in (train, "directory for tokenizer.json"), (encode, ".npy; for chats .npz"):
         command.add_argument("--out", required=True, help=what)
         command.add_argument("--part", default="0:1", metavar="A:B",
                              help="only the text from fraction A to B (default %(default)s, all)")
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         with tempfile.TemporaryDirectory() as folder:
             if "-" in args.files:             # into a file: then it is read like any other
                 json_lines = sys.stdin.buffer.peek(1)[:1] == b"{"

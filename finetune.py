@@ -4,34 +4,32 @@
 # ///
 """Finetuning: a language model learns to answer (sft), then to prefer some answers (dpo).
 
-    python train.py                     # a model that goes on writing plays: out/shakespeare
+    python train.py                     # a model that continues plays: out/shakespeare
     python finetune.py sft              # ... that replies to a speech, and stops: out/sft
     python finetune.py dpo              # ... and that says "thou", not "you": out/dpo
     python finetune.py sft --model DIR --data chats.jsonl --out out/mine     # any model and chats
     python finetune.py dpo --model out/mine --data prefs.jsonl --lora 8      # in less memory
-    python finetune.py --resume         # go on with the newest run, after any stop
-    torchrun --nproc_per_node 8 finetune.py ...         # the same run on eight GPUs
+    python finetune.py --resume         # continue the newest run, after any stop
+    torchrun --standalone --nproc_per_node 8 finetune.py ...    # the same run on eight GPUs
     python bpe.py show chats.jsonl --tokenizer DIR      # what is learned of a chat, in green
 
-Read it beside train.py: the order and the names are the same (`diff train.py finetune.py`), the
-loop is the same function. What differs is a page: which tokens cost something, and how much.
+Read it beside train.py: order, names and loop are the same, and so are its four promises. `diff
+train.py finetune.py` shows what differs: the data, and what a row costs.
 
-- SFT, supervised finetuning: rows are chats; only what the assistant says costs something, and the
-  token by which it stops. The loss stays the mean over those tokens, in all rows of a batch.
+- SFT, supervised finetuning: rows are chats. Only what the assistant says costs something, and the
+  token by which it stops. The loss is the mean over those tokens, in all rows of the batch.
 - DPO, direct preference optimization (arXiv:2305.18290): rows are pairs of replies to one prompt.
-  What reinforcement learning would need (a reward model, samples, a value function) is left out:
-  the model is its own reward model, by how much likelier it makes a reply than it did when it
-  began. That beginning, the reference, is needed only as one number per token of each reply,
-  computed once and kept in a file: no second model in memory.
+  Reinforcement learning would need a reward model, samples and a value function. Here the model is
+  its own reward model, by how much likelier it makes a reply than it did before the first step.
+  That earlier model, the reference, is needed only as one number per reply. These numbers are
+  computed once, before the first step, and kept in memory: there is no second model.
 
-Rows are of any length. Those computed at once stand one after the other in one packed row, in which
-they don't see each other (GPT.forward, lengths): nothing is padded but inside attention.
-What is longer than --block_size loses its end; a chat that has then nothing left to learn, and a
+What is longer than --block_size loses its end; a chat in which then nothing is left to learn, and a
 pair whose two replies are the same, is left out. Both are counted.
 Left out on purpose: other preference losses, averages over tokens instead of sums.
 
 Reading order: settings, data, what a row costs, adapters, then finetune(), the story.
-Letters as in gpt.py: B rows in a batch, T tokens.
+Letters as in gpt.py: B rows in a batch, N chats in a row (SFT 1, DPO 2), L tokens in the longest.
 """
 import argparse
 import hashlib
@@ -39,8 +37,14 @@ import json
 import math
 import os
 import shlex
+import signal
+import subprocess
 import sys
-from dataclasses import dataclass
+import time
+import zipfile
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,320 +52,336 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import (DTYPES, GPT, Linear, accumulate_gradients, add_flags, add_up, exit_code, fit,
-                 join_processes, nearby, open_for_training, out_folder, pick_device, pick_dtype,
-                 process_count, process_number, read_flags, run, shard, shuffled, write_whole)
+from gpt import (DTYPES, GPT, all_sum, full_state, full_tensor, init_distributed, insist,
+                 keep_freed_memory, learning_rate, leave, load_checkpoint, make_optimizers,
+                 move_to_device, out_of_memory, pick_device, pick_dtype,
+                 read_json, restore, save_checkpoint, sum_gradients)
 
 HERE = Path(__file__).resolve().parent
-
+# Held-out rows at an evaluation; at the end, all.
+EVAL_ROWS = 512
+# What the default run is to change, as regular expressions for words: see the end.
+THOU, YOU = "(?i)thou|thee|thy|thine|thyself", "(?i)ye|you|your|yours|yourself|yourselves"
 
 # ---------------------------------------------------------------- settings
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    def error(self, message):       # argparse itself would print its whole usage before it
+        raise ValueError(f"{message}; see --help")
+
+def make_parser() -> Parser:
     """Every flag with its unit and default."""
-    parser = argparse.ArgumentParser("finetune.py", description="Finetune a GPT on chats or on "
-                                     "preferences. Defaults in brackets.")
+    parser = Parser("finetune.py", description="Finetune a GPT on chats or on preferences. Defaults "
+                    "in brackets.")
     parser.add_argument("method", nargs="?", choices=("sft", "dpo"), help="learn to answer, or to "
                         "prefer")
     add = parser.add_argument_group("files").add_argument
-    add("--data", nargs="+", metavar="FILE", help="chats, or preferences for dpo: .jsonl, or .npz "
-        "of bpe.py encode [replies in the plays of Shakespeare]")
-    add("--val_data", nargs="+", metavar="FILE", help="the same, to validate on; for dpo chats, "
-        "too, whose loss is then watched [the last tenth of --data]")
-    add("--model", metavar="DIR", help="the model to start from [out/shakespeare; dpo: out/sft]")
-    add = parser.add_argument_group("size of the run").add_argument
-    add("--block_size", type=int, help="tokens of a row, at most [as many as the model can see]")
-    add("--batch", type=int, default=32, help="chats, or pairs, per step [%(default)s]")
-    add("--lr", type=float, help="peak learning rate [by the size of the model]")
-    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: a quarter, because "
-        "what is preferred is soon learned, and after that other things are forgotten]")
-    add("--max_steps", type=int, help="updates of the weights [by --epochs]")
+    add("--data", nargs="+", metavar="FILE", type=os.path.abspath, help="chats, or preferences for "
+        "dpo: .jsonl, or .npz of bpe.py encode [replies in the plays of Shakespeare]")
+    add("--val_data", nargs="+", metavar="FILE", type=os.path.abspath, help="the same, to validate "
+        "on [the last tenth of --data]")
+    add("--model", metavar="DIR", type=os.path.abspath, help="[out/shakespeare; for dpo: out/sft]")
+    add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
+    add("--resume", action="store_true", help="continue the run in --out [the newest], or begin it")
     add = parser.add_argument_group("method").add_argument
     add("--beta", type=float, default=0.5, help="dpo: how strongly it is held to where it began; "
         "lower lets it go further, 0.1 to 0.5 is usual [%(default)s]")
-    add("--label_smoothing", type=float, default=0.0, help="dpo: the share of pairs that you "
-        "believe to be the wrong way round [%(default)s]")
-    add("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank instead "
-        "of all weights [0: all weights]")
-    add("--recompute", action=argparse.BooleanOptionalAction, default=False, help="compute layers "
-        "again in the backward pass: less memory, a third more time")
-    add_flags(parser)
+    add("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank instead of "
+        "all weights [0: all weights]")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--block_size", type=int, help="tokens of a chat, at most [as many as the model can see]")
+    add("--batch", type=int, default=32, help="chats, or pairs, per step [%(default)s]")
+    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: 0.25, because what is "
+        "preferred is soon learned, and after that other things are forgotten]")
+    add("--max_steps", type=int, help="updates of the weights [by --epochs]")
+    add("--lr", type=float, help="peak learning rate [by the size of the model]")
+    add("--warmup_steps", type=int, default=10, help="steps until --lr is reached [%(default)s]")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="how the learning rate "
+        "falls: all the way, or in the last fifth [%(default)s]")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more from "
+        "each batch, and needs torch 2.9 [%(default)s]")
     # Weight decay pulls towards 0, which is not where these weights began.
-    parser.set_defaults(weight_decay=0.0, warmup_steps=10)
+    add("--weight_decay", type=float, default=0.0, help="of matrices [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="longest gradient [%(default)s]")
+    add("--dropout", type=float, default=0.0, help="raise it when the rows are seen many times and "
+        "the held-out loss turns upwards [%(default)s]")
+    add("--seed", type=int, default=1, help="of batches, adapters, dropout [%(default)s]")
+    add = parser.add_argument_group("running").add_argument
+    add("--device", choices=("cpu", "cuda", "mps"), help="[the fastest one here]")
+    add("--dtype", choices=tuple(DTYPES), help="to compute in [the fastest safe one here]")
+    add("--micro_batch", type=int, help="rows computed at once; fewer need less memory and change "
+        "nothing else [as many as make 4096 tokens, fewer when memory runs out]")
+    add("--fsdp", action="store_true", help="under torchrun: divide the weights among the ranks, "
+        "for a model larger than one device")
+    add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
+    add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
+    add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
     return parser
 
+# What a resumed run may change: where and how it computes, and its length, which moves the learning
+# rate from then on. Anything else would make it another run than the one that stopped.
+MAY_CHANGE = {"out", "resume", "max_steps", "device", "dtype", "micro_batch", "fsdp",
+              "eval_every", "save_every", "log_every"}
 
-def settle(argv):
-    """Flags -> (settings, tensors of the run to resume or None, what that run noted)."""
-    args, tensors, noted = read_flags(make_parser(), argv)
-    if args.method is None:
-        raise ValueError("say what to do: python finetune.py sft, or dpo")
-    if args.lora < 0 or not 0 <= args.label_smoothing < 0.5:
-        raise ValueError(f"--lora {args.lora} must be at least 0, --label_smoothing "
-                         f"{args.label_smoothing} at least 0 and less than 0.5")
-    args.epochs = args.epochs or (1.0 if args.method == "sft" else 0.25)
-    args.model = args.model or str(
-        Path("out", "shakespeare" if args.method == "sft" else "sft").resolve())
-    for path in [args.model, *(args.data or []), *(args.val_data or [])]:
-        if not Path(path).exists():
-            raise ValueError(f"{nearby(Path(path))} does not exist")
-    return args, tensors, noted
+def read_flags(argv) -> tuple:
+    """Flags -> (settings, the checkpoint to resume or None). Raises ValueError, one line, for what
+    can be seen to be wrong without the data."""
+    parser = make_parser()
+    args, saved = parser.parse_args(argv), None
+    if args.resume and not args.out:
+        runs = [path for path in Path("out").glob("*/checkpoint.pt")
+                if load_checkpoint(path).get("script") == parser.prog]
+        insist(runs, f"nothing to resume: out/ holds no run of {parser.prog}; name one by --out")
+        args.out = str(max(runs, key=os.path.getmtime).parent)
+    if args.resume and Path(args.out, "checkpoint.pt").exists():
+        out, saved = args.out, load_checkpoint(Path(args.out, "checkpoint.pt"))
+        insist(saved.get("script") == parser.prog, f"{out} is a run of {saved.get('script')}")
+        # A flag that is given again wins over the saved value.
+        parser.set_defaults(**saved["args"])
+        args = parser.parse_args(argv)
+        for name, value in saved["args"].items():
+            insist(name in MAY_CHANGE or getattr(args, name) == value, f"--{name} was {value} in "
+                   f"{out} and can't change: leave it out, or start a new run")
+        args.out = out
+    for name, value in vars(args).items():
+        low = 0 if name in ("seed", "dropout", "weight_decay", "warmup_steps", "lora") else 1e-30
+        insist(type(value) not in (int, float) or low <= value < math.inf, f"--{name} is {value}; "
+               f"it must be {'above' if low else 'at least'} 0, and finite")
+    insist(args.data or not args.val_data, "--val_data without --data")
+    insist(not args.fsdp or args.optimizer == "adamw", "--optimizer muon needs matrices whole, and "
+           "--fsdp cuts them: use adamw")
+    insist(args.method, "say what to do: python finetune.py sft, or dpo")
+    args.epochs = args.epochs or {"sft": 1.0, "dpo": 0.25}[args.method]
+    base = {"sft": "out/shakespeare", "dpo": "out/sft"}[args.method]
+    args.model = args.model or os.path.abspath(base)
+    return args, saved
 
+def out_folder(args, name: str) -> Path:
+    """Where the run goes. A new run never overwrites an old one."""
+    out, number = Path(args.out or f"out/{name}"), 2
+    while not args.out and out.exists():
+        out, number = Path(f"out/{name}-{number}"), number + 1
+    insist(args.resume or not any(out.glob("*.safetensors")), f"{out} holds a model: continue it "
+           "with --resume, or choose another --out")
+    return out
 
 # ---------------------------------------------------------------- data
 
-def chat_tokenizer(model: Path) -> tuple[dict, dict, int]:
-    """-> tokenizer.json and tokenizer_config.json of a model made ready for chats, and how many
-    tokens that took: <|im_start|> and <|im_end|>, where it lacks them; their ids are the last.
+def run(script: str, *arguments):
+    """Run another script of this project, after printing the command. Its errors are its own."""
+    command = [os.path.relpath(HERE / script), *map(str, arguments)]
+    print("$ python " + shlex.join(command), flush=True)
+    code = subprocess.run([sys.executable, *command]).returncode
+    if code:
+        sys.exit(code)
 
-    The configuration tells others how chats were written, and what ends a reply.
+def file_digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+def token_files(args) -> tuple[list[Path], list[Path]]:
+    """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
+
+    Those of chats are in data/tokens/NAME-MODEL-KEY, with the model's tokenizer made ready for
+    chats. KEY is a digest of all that they depend on: the files (name, size, time of change), the
+    tokenizer, and bpe.py itself. Whatever changes, the key changes: nothing stale can be found.
     """
-    from bpe import CHAT_TEMPLATE, CHAT_TOKENS      # how chats are written is said there, once
-    if not (model / "tokenizer.json").exists():
-        raise ValueError(f"{nearby(model)} holds no tokenizer.json: give token ids (.npz), "
-                         "not chats")
-    tokenizer = json.loads((model / "tokenizer.json").read_text("utf-8"))
-    config = model / "tokenizer_config.json"
-    config = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    known = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    first = 1 + max([*tokenizer["model"]["vocab"].values(), *known.values()])
-    new = [name for name in CHAT_TOKENS if name not in known]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokenizer["added_tokens"] += [{"id": first + i, "content": name, "special": True} | flags
-                                  for i, name in enumerate(new)]
-    if isinstance(config.get("bos_token"), dict):       # the way of older files
-        config["bos_token"] = config["bos_token"]["content"]
-    config |= {"chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]}
-    return tokenizer, config, len(new)
-
-
-def token_files(args) -> tuple[list[Path], list[Path], Path, int]:
-    """The token ids of --data and --val_data: files, made by bpe.py where they are not there yet.
-    Besides, the folder with the tokenizer that the result gets, and how many tokens are new in it.
-
-    They are in data/tokens/NAME-MODEL-KEY. KEY is a digest of all that they depend on: the files
-    (name, size, time of change), the tokenizer, and bpe.py itself. Whatever changes, the key
-    changes: nothing stale can be found.
-    """
-    data, val, model = args.data, args.val_data, Path(args.model)
+    data, val, model = args.data, args.val_data or [], Path(args.model)
     if data is None:
-        folder = HERE / "data" / "shakespeare"
-        if not (folder / "prefs").exists():
+        folder = HERE / "data" / "shakespeare" / {"sft": "chat", "dpo": "prefs"}[args.method]
+        if not folder.exists():
             run("data/shakespeare.py")
-        if not (folder / "prefs").exists():
-            raise ValueError("the plays could not be had: give --data")
-        data, val = [folder / "chat/train.jsonl"], [folder / "chat/val.jsonl"]
-        if args.method == "dpo":
-            data, val = [folder / "prefs/train.jsonl"], [folder / "prefs/val.jsonl", *val]
-    data, val = ([nearby(Path(path)) for path in paths or []] for paths in (data, val))
-    if any(path.suffix == ".npz" for path in data + val):
-        if not val or {path.suffix for path in data + val} != {".npz"}:
-            raise ValueError("give .jsonl, or .npz files of tokens (then also for --val_data)")
-        return data, val, model, 0
+        insist(folder.exists(), "the plays could not be had: give --data")
+        data, val = [folder / "train.jsonl"], [folder / "val.jsonl"]
+    data, val = ([Path(os.path.relpath(path)) for path in paths] for paths in (data, val))
+    for path in data + val + [model]:
+        insist(path.exists(), f"{path} does not exist")
+    endings = {path.suffix for path in data + val}
+    if ".npz" in endings:
+        insist(endings == {".npz"} and val, "give .jsonl, or .npz files (also for --val_data)")
+        return data, val
 
-    tokenizer, config, new = chat_tokenizer(model)
-    facts = [(HERE / "bpe.py").read_bytes(), tokenizer, config, len(data)]
+    insist((model / "tokenizer.json").exists(), f"{model} holds no tokenizer.json: give token ids "
+           "(.npz), not chats")
+    facts = [(HERE / "bpe.py").read_bytes(), file_digest(model / "tokenizer.json"), len(data)]
     facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data + val]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    folder = nearby(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ("tokenizer", tokenizer), ("tokenizer_config", config):
-        if not (folder / f"{name}.json").exists():
-            with write_whole(folder / f"{name}.json") as file:
-                file.write(json.dumps(content, ensure_ascii=False).encode())
-    made, parts = [], ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
+    name = f"{data[0].stem}-{model.name}-{key}"
+    folder = Path(os.path.relpath(HERE / "data" / "tokens" / name))
+    parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
+    # bpe.py writes each file whole, and these last: what is there is complete.
+    if not (folder / "generation_config.json").exists():
+        run("bpe.py", "chat", "--tokenizer", os.path.relpath(model), "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
-        made.append([folder / f"{name}{i}.npz" for i in range(len(texts))])
-        for text, file in zip(texts, made[-1]):
-            # bpe.py writes each file whole, and the .json last: what is there is complete.
-            if not file.with_suffix(".json").exists():
-                run("bpe.py", "encode", text, "--part", part, "--tokenizer", folder, "--out", file)
-    return *made, folder, new
-
+        if not (folder / f"{name}.npz.json").exists():
+            run("bpe.py", "encode", *texts, "--part", part, "--tokenizer", folder,
+                "--out", folder / f"{name}.npz")
+    return [folder / "train.npz"], [folder / "val.npz"]
 
 @dataclass
 class Rows:
-    """Chats or pairs, as bpe.py encode makes them."""
+    """Chats (N = 1), or pairs of a chosen and a rejected reply to the same prompt (N = 2)."""
     ids: np.ndarray         # of all chats, one after the other
-    mask: np.ndarray        # 1 where a token is to be learned
-    spans: np.ndarray       # (rows, chats in a row: 1 or 2, 2): where each begins and ends
-    tokens: np.ndarray      # (rows,) how many tokens the model reads
-    targets: np.ndarray     # (rows,) how many of those that come next it learns
-    dropped: int            # rows left out
+    mask: np.ndarray        # where a token is to be learned
+    spans: np.ndarray       # (rows, N, 2): where each chat begins and ends
+    lengths: np.ndarray     # (rows,) of the longest chat of each
+    reference: np.ndarray   # (rows, N) log-probabilities by the model before the first step, for DPO
+    left_out: int           # rows with nothing to learn
     cut: int                # chats that lost their end
 
     def __len__(self):
         return len(self.spans)
 
-
-def open_tokens(paths: list[Path], kind: str, T: int) -> Rows:
-    """Those of the files that hold `kind`, chats or pairs; rows as the header of this file says."""
-    ids, mask, spans, length = [np.zeros(0, np.int64)], [np.zeros(0, bool)], [], 0
+def open_rows(paths: list[Path], kind: str, T: int) -> tuple[Rows, dict]:
+    """-> (the rows of these files, chats or pairs; what bpe.py noted beside them, and a digest).
+    Chats are cut to T + 1 ids: T tokens and, shifted by one, T targets."""
+    ids, mask, spans, notes, digest = [], [], [], [], hashlib.sha256()
     for path in paths:
         try:
-            file = np.load(path, allow_pickle=False)
-            found, learned, offsets = file["ids"], file["mask"], file["offsets"]
-            noted = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (ValueError, EOFError, KeyError, IndexError, OSError) as error:
-            raise ValueError(f"{path} is no .npz file of bpe.py encode: {error}") from None
-        if noted["kind"] == kind:
-            spans.append(np.stack([offsets[:-1], offsets[1:]], axis=1) + length)
-            ids, mask, length = ids + [found], mask + [learned != 0], length + len(found)
-    ids, mask = np.concatenate(ids), np.concatenate(mask)
-    spans = np.concatenate(spans or [np.zeros((0, 2), np.int64)])
-    # T tokens and, one place later, T targets: T + 1 ids.
+            with np.load(path, allow_pickle=False) as file:
+                found, learned, offsets = file["ids"], file["mask"] != 0, file["offsets"]
+            noted = read_json(f"{path}.json")
+            insist(noted["kind"] == kind, f"it holds {noted['kind']}, and needed are {kind}")
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}, of bpe.py encode, can't be used: {error}") from None
+        spans.append(np.stack([offsets[:-1], offsets[1:]], axis=1) + sum(map(len, ids)))
+        ids, mask, notes = [*ids, found], [*mask, learned], [*notes, noted]
+        for array in found, learned, offsets:
+            digest.update(array)
+    ids, mask, spans = map(np.concatenate, (ids, mask, spans))
     ends = np.minimum(spans[:, 1], spans[:, 0] + T + 1)
     cut, spans[:, 1] = int((ends < spans[:, 1]).sum()), ends
-    spans = spans.reshape(-1, 2 if kind == "pairs" else 1, 2)
-    before = np.append(0, np.cumsum(mask))      # targets before each place
-    targets = before[spans[..., 1]] - before[spans[..., 0] + 1]
-    kept = targets.all(axis=1)
+    spans = spans.reshape(-1, {"chats": 1, "pairs": 2}[kind], 2)
+    before = np.append(0, np.cumsum(mask))          # targets before each position
+    keep = (before[spans[..., 1]] > before[spans[..., 0] + 1]).all(axis=1)
     if kind == "pairs":
-        kept &= [not np.array_equal(ids[a:b], ids[c:d]) for (a, b), (c, d) in spans.tolist()]
-    spans, targets = spans[kept], targets[kept].sum(axis=1)
-    return Rows(ids, mask, spans, (np.diff(spans)[..., 0] - 1).sum(axis=1), targets,
-                int((~kept).sum()), cut)
+        keep &= [not np.array_equal(ids[a:b], ids[c:d]) for (a, b), (c, d) in spans.tolist()]
+    spans = spans[keep]
+    insist(len(spans), f"{paths[0]} has no {kind} to use ({len(keep)} left out: nothing to learn "
+           f"within {T} tokens, or two replies that are equal)")
+    insist(len({noted["tokenizer"] for noted in notes}) == 1, f"{paths[0]} and the files given with "
+           "it were made by different tokenizers")
+    rows = Rows(ids, mask, spans, np.diff(spans).max(axis=(1, 2)) - 1,
+                np.zeros(spans.shape[:2], np.float32), int((~keep).sum()), cut)
+    return rows, notes[0] | {"digest": digest.hexdigest()}
 
+@lru_cache(2)       # a batch can lie across the end of an epoch
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n). RandomState and not default_rng: only its stream is frozen (NEP
+    19), and a run that is resumed with a newer numpy must find the same order."""
+    return np.random.RandomState([seed, epoch]).permutation(n)
 
-def batch(first: int, count: int, rows: Rows, seed: int) -> np.ndarray:
-    """The numbers of `count` rows. `first` counts the rows from the beginning of the run, so that
-    step and process number say which are whose. An epoch takes each row once, in its own order."""
-    n = len(rows)
-    return np.array([shuffled(i, n, seed, epoch)
-                     for epoch, i in (divmod(row, n) for row in range(first, first + count))])
+def batch(data: Rows, step: int, rows: int, seed: int):
+    """All rows of a step, for all ranks: tokens (rows, N, L), targets (rows, N, L), reference
+    (rows, N). An epoch takes each row once, in an order of its own.
 
+    Rows of similar length stand together, so that a micro-batch holds little padding; the longest
+    come first, so that memory runs out at once or never. Taking every world_size-th of them gives
+    each rank about the same number of tokens.
+    """
+    n = len(data)
+    numbers = [epoch_order(n, seed, epoch)[i]
+               for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows))]
+    numbers.sort(key=lambda number: -data.lengths[number])
+    return *pad(data, numbers), torch.from_numpy(data.reference[numbers])
+
+def pad(data: Rows, numbers):
+    """Rows of these numbers -> tokens (B, N, L), targets (B, N, L).
+
+        ids         <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|> \n
+        mask              0        0   0   0       0       0         0      0  1      1      0
+        tokens      <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|>
+        targets          -100     -100 ...                         -100    Ay <|im_end|> -100
+
+    Shorter chats are padded on the right, where causal attention never looks; no mask is needed.
+    """
+    spans = data.spans[numbers]                                                     # (B, N, 2)
+    tokens = torch.zeros(*spans.shape[:2], int(data.lengths[numbers].max()), dtype=torch.long)
+    targets = torch.full_like(tokens, -100)
+    for row, n in np.ndindex(spans.shape[:2]):
+        begin, end = spans[row, n]
+        chat, mask = data.ids[begin:end].astype(int), data.mask[begin + 1:end]
+        tokens[row, n, :end - begin - 1] = torch.from_numpy(chat[:-1])
+        targets[row, n, :end - begin - 1] = torch.from_numpy(np.where(mask, chat[1:], -100))
+    return tokens, targets
 
 # ---------------------------------------------------------------- what a row costs
 
-def log_probabilities(model, rows: Rows, numbers, device, autocast):
-    """-> log p of each token that the chats of these rows say next, (T,), and 0 where there is
-    nothing to learn; where these tokens are in rows.ids, (T,); how many each chat has, a list.
+def nll(model, tokens, targets) -> torch.Tensor:
+    """Negative log-likelihood of each chat's targets, summed: (B, N, L), (B, N, L) -> (B, N)."""
+    # Cut what follows the last target of these rows. It costs nothing and no target depends on it,
+    # but the model would compute it all the same.
+    L = int((targets != -100).flatten(0, 1).any(0).nonzero().max()) + 1
+    losses = model(tokens[..., :L].flatten(0, 1), targets[..., :L].flatten(0, 1), reduction="none")
+    return losses.sum(-1).view(tokens.shape[:2])
 
-        rows.ids     <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|> \n
-        rows.mask          0        0   0   0       0       0         0      0  1      1      0
-        tokens       <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|>
-        targets           -100     -100 ...                         -100    Ay <|im_end|> -100
-    """
-    spans = rows.spans[numbers].reshape(-1, 2).tolist()
-    places = np.concatenate([np.arange(begin + 1, end) for begin, end in spans])
-    targets = np.where(rows.mask[places], rows.ids[places], -100).astype(np.int64)
-    tokens, targets = (torch.from_numpy(row)[None].to(device)
-                       for row in (rows.ids[places - 1].astype(np.int64), targets))
-    lengths = [end - begin - 1 for begin, end in spans]
-    with autocast():
-        losses = model(tokens, targets, lengths=lengths, reduction="none")
-    return -losses[0], places, lengths
-
-
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float):
     """-> (losses, rewards of the chosen, rewards of the rejected), each (B,).
 
     In: log-probabilities of replies given their prompt, (B,), summed over the tokens of a reply, by
-    the model and by the reference.
+    the model and by the reference. beta: 0.1 to 0.5 is usual; lower lets the model go further.
     """
     # A reply's reward: how much likelier the model makes it than the reference did (section 4).
     reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    margin = reward_chosen - reward_rejected
-    # Equation 7: sigmoid(margin) is the probability, after Bradley and Terry, that the chosen wins.
-    # Where a share of the pairs is the wrong way round, so is that share of the loss
-    # (https://ericmitchell.ai/cdpo.pdf, equation 3).
-    losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    # Equation 7: sigmoid(margin) is the probability, by Bradley and Terry, that the chosen reply is
+    # preferred. A model that equals its reference has the margin 0 and the loss ln 2.
+    losses = -F.logsigmoid(reward_chosen - reward_rejected)
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
+LOGGED = {"sft": (), "dpo": ("rewards_chosen", "rewards_rejected", "margin", "accuracy")}
 
-def compare(logps, refs, learned, lengths: list[int], beta: float, label_smoothing: float):
-    """-> the loss, summed over pairs, and sums over pairs of what to log.
+def cost(nll, reference, beta: float):
+    """nll, reference (B, N) -> the loss, summed over target tokens (N = 1: SFT) or over pairs (N =
+    2: DPO), and sums of what LOGGED names.
 
-    logps, refs (T,): log-probabilities by the model and by the reference. learned (T,): where
-    there is something to learn. lengths: of a chosen chat, of a rejected one, and so on.
+    Sums and not means, because only the caller knows how many rows the whole batch has. What is
+    logged tells whether DPO works: the margin should grow, and the reward of the chosen replies
+    should not fall far below 0, which would mean that they become less likely, too.
     """
-    def sums(values):       # over each reply: (T,) -> (B,) of the chosen, (B,) of the rejected
-        return torch.stack([part.sum() for part in values.split(lengths)]).view(-1, 2).unbind(1)
-    (chosen, rejected), (long, short) = sums(logps), sums(learned.float())
-    losses, good, bad = dpo_loss(chosen, rejected, *sums(refs), beta, label_smoothing)
-    # How far is the model from the reference? Half the squared log-ratios of a reply's tokens
-    # estimate the KL divergence, were they drawn from it (k2 in joschu.net/blog/kl-approx.html).
-    # And how much likelier is the last of them, by which it ends?
-    drift = logps.detach() - refs
-    ends = [part[those][-1] for part, those in zip(drift.split(lengths), learned.split(lengths))]
-    return losses.sum(), {name: value.sum().item() for name, value in {
-        "rewards_chosen": good, "rewards_rejected": bad, "margin": good - bad,
-        "accuracy": (good > bad).float(), "likelier": (chosen > rejected).float(),
-        "logps_chosen": chosen.detach(), "logps_rejected": rejected.detach(),
-        "length_chosen": long, "length_rejected": short, "kl": sum(sums(drift**2 / 2)) / 2,
-        "end": torch.stack(ends) / 2}.items()}
-
+    if nll.shape[1] == 1:
+        return nll.sum(), np.zeros(0)
+    losses, good, bad = dpo_loss(*(-nll).unbind(1), *reference.unbind(1), beta)
+    logged = torch.stack([good, bad, good - bad, (good > bad).to(good.dtype)])
+    return losses.sum(), logged.sum(1).cpu().numpy()
 
 @torch.no_grad()
-def load_reference(model, rows: Rows, at_once: int, device, autocast, facts: list) -> np.ndarray:
-    """log p of each of rows.ids that is to be learned, by the model as it is now; from a file, if
-    it was computed before. The file's name is a digest of the facts that it depends on (of files:
-    their contents), so a stale one is never found."""
-    digest = hashlib.sha256()
-    for fact in facts:
-        if isinstance(fact, Path):
-            with open(fact, "rb") as file:
-                fact = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(repr(fact).encode())
-    path = HERE / "data" / "tokens" / f"reference-{digest.hexdigest()[:16]}.npy"
-    if add_up(path.exists()) == process_count():
-        return np.load(path)
-    reference = np.zeros(len(rows.ids), np.float32)
-    rank = process_number()
-    mine = np.arange(rank, len(rows), process_count())      # each process does its share
-    for i in range(0, len(mine), at_once):
-        logps, places, _ = log_probabilities(model, rows, mine[i:i + at_once], device, autocast)
-        reference[places] = logps.float().cpu()
-    if process_count() > 1:
-        total = torch.from_numpy(reference).to(device)
-        torch.distributed.all_reduce(total)
-        reference = total.cpu().numpy()
-    if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(path) as file:
-            np.save(file, reference)
-    return reference
+def log_probabilities(model, data: Rows, numbers, micro_batch: int, rank: int, world_size: int,
+                      autocast) -> torch.Tensor:
+    """Of the targets of each chat of these rows, summed: (len(numbers), N) in fp64. A collective:
+    each rank computes its share."""
+    device = next(model.parameters()).device
+    order = np.argsort(-data.lengths[numbers], kind="stable")
+    # Under FSDP a forward pass is a collective: all ranks must make the same number of them.
+    mine = np.resize(order[rank::world_size], -(-len(order) // world_size))
+    logps = torch.zeros(len(numbers), data.spans.shape[1], dtype=torch.float64)
+    for i in range(0, len(mine), micro_batch):
+        piece = mine[i:i + micro_batch]
+        tokens, targets = (x.to(device) for x in pad(data, numbers[piece]))
+        with autocast():
+            logps[piece] = -nll(model, tokens, targets).cpu().double()
+    return all_sum(logps)
 
+def evaluate(model, data: Rows, beta: float, at_most: int, micro_batch: int, rank: int,
+             world_size: int, autocast) -> dict:
+    """Means over held-out rows: over their target tokens (SFT) or over the pairs (DPO). If there
+    are more than at_most rows, it takes rows spread evenly over all lengths. A collective."""
+    numbers = np.argsort(data.lengths, kind="stable")[::math.ceil(len(data) / at_most)]
+    logps = log_probabilities(model, data, numbers, micro_batch, rank, world_size, autocast)
+    loss, logged = cost(-logps, torch.from_numpy(data.reference[numbers]), beta)
+    method, count = "dpo", len(numbers)
+    if logps.shape[1] == 1:
+        method, count = "sft", int(sum(data.mask[a + 1:b].sum() for a, b in data.spans[numbers, 0]))
+    return {"val_loss": loss.item() / count,
+            **{f"val_{name}": value / count for name, value in zip(LOGGED[method], logged)}}
 
-@torch.no_grad()
-def evaluate(cost, rows: Rows, reference, at_once: int, at_most: int) -> dict:
-    """Means over held-out rows, evenly spread over all lengths: of at_most, if there are more."""
-    order = np.argsort(rows.tokens, kind="stable")[::math.ceil(len(rows) / at_most)]
-    total, sums = 0.0, {}
-    for i in range(0, len(order), at_once):
-        loss, logged = cost(rows, order[i:i + at_once], reference)
-        total += loss.item()
-        sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
-    count = len(order) if reference is not None else rows.targets[order].sum().item()
-    return {"val_loss": total / count,
-            **{f"val_{name}": value / count for name, value in sums.items()}}
-
-
-def in_words(row: dict, before: dict, beta: float) -> str:
-    """An evaluation as a line to read, with what it was before, and what should make one think."""
-    words = f"loss {row['val_loss']:.4f} ({before['val_loss']:.4f} before)"
-    if "val_margin" in row:
-        words += (f", margin {row['val_margin']:.3f}, right {row['val_accuracy']:.1%}; chosen "
-                  f"likelier in {row['val_likelier']:.1%} ({before['val_likelier']:.1%})")
-        if row["val_rewards_chosen"] < -beta:       # a nat per reply
-            words += (f"\n    the chosen replies become less likely, too (reward "
-                      f"{row['val_rewards_chosen']:.2f}), only more slowly than the rejected: "
-                      "fewer steps, a lower --lr or a higher --beta keep more of them")
-        if abs(row["val_end"]) > 0.5:
-            words += (f"\n    a reply's end has become {math.exp(row['val_end']):.2f} times as "
-                      f"likely: expect {'longer' if row['val_end'] < 0 else 'shorter'} replies")
-    if "val_sft_loss" in row:
-        words += (f"; chats {row['val_sft_loss']:.4f} nats per token "
-                  f"({before['val_sft_loss']:.4f})")
-    return words
-
+def in_words(found: dict) -> str:
+    """An evaluation as a line to read."""
+    return "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in found.items())
 
 # ---------------------------------------------------------------- adapters
 
 LORA_ALPHA = 32
 
-
-class LoRA(Linear):
+class LoRA(nn.Linear):
     """y = x (W + s B A)^T + b with W and b frozen: A (r, in) and B (out, r) learn
     (arXiv:2106.09685, equation 3). So gradients and optimizer state are small.
 
@@ -369,9 +389,8 @@ class LoRA(Linear):
     same for each rank, ten times that for all weights (https://thinkingmachines.ai/blog/lora).
     """
 
-    def __init__(self, linear: Linear, rank: int):
-        with torch.device("meta"):      # no memory: the weights are those of `linear`
-            super().__init__(linear.in_features, linear.out_features, bias=False)
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         limit = linear.in_features ** -0.5
         self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
@@ -382,214 +401,357 @@ class LoRA(Linear):
         more = F.linear(F.linear(x, self.lora_a), self.lora_b)
         return super().forward(x) + more * (LORA_ALPHA / len(self.lora_a))
 
-
 class Adapted(GPT):
     """A GPT with adapters. What it saves for others has none: W + s B A is a matrix like W."""
 
-    def save_pretrained(self, directory, weights: dict | None = None, **extra):
-        merged = self.state_dict() if weights is None else weights
-        merged = {name: weight.float() for name, weight in merged.items()}
+    def save_pretrained(self, directory, weights: dict | None = None, tokenizer=None):
+        merged = dict(self.state_dict() if weights is None else weights)
         for name in [name for name in merged if name.endswith("lora_a")]:
             a, b = merged.pop(name), merged.pop(name[:-1] + "b")
             name = name.removesuffix("lora_a") + "weight"
             merged[name] = merged[name] + LORA_ALPHA / len(a) * b @ a
-        super().save_pretrained(directory, merged, **extra)
-
+        super().save_pretrained(directory, merged, tokenizer)
 
 def add_lora(model: GPT, rank: int):
     """Put adapters on all matrices of the layers, and freeze everything else."""
     model.requires_grad_(False)
-    for layer in model.layers:
+    for layer in model.model.layers:
         for part in layer.self_attn, layer.mlp:
             for name, linear in list(part.named_children()):
-                if isinstance(linear, Linear):
+                if isinstance(linear, nn.Linear):
                     setattr(part, name, LoRA(linear, rank))
     model.__class__ = Adapted
 
-
-def shrink(model: GPT, dtype):
-    """Keep what does not learn in the type of the products, where that loses nothing: most models
-    come in bf16 and need fp32 only to take small steps."""
-    for weight in model.parameters():
-        if not weight.requires_grad and torch.equal(weight, weight.to(dtype).float()):
-            weight.data = weight.data.to(dtype)
-
-
 # ---------------------------------------------------------------- the story
+
+def new_tokens(model: Path, tokenizer: Path) -> int:
+    """How many tokens the tokenizer of the data adds to that of the model. They follow its own.
+    Raises ValueError if it is another one."""
+    if not (model / "tokenizer.json").exists():
+        return 0
+    old, new = (read_json(folder / "tokenizer.json") for folder in (model, tokenizer))
+    insist(old["model"] == new["model"] and new["added_tokens"][:len(old["added_tokens"])] ==
+           old["added_tokens"], f"the data was encoded with another tokenizer than that of {model}")
+    return len(new["added_tokens"]) - len(old["added_tokens"])
 
 def grow(model: GPT, new: int, known: int):
     """Rows for `new` tokens, after the `known` ones: the mean of those. So the model expects them
     about as much as any token, and not, as with random rows, perhaps more than all that it knows
     (https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
-    for matrix in {model.embed_tokens, model.head}:
+    for matrix in {model.model.embed_tokens, model.lm_head}:
         rows = matrix.weight.data
         mean = rows[:known].mean(dim=0).expand(new, -1)     # rows to spare may follow already
         matrix.weight = nn.Parameter(torch.cat([rows[:known], mean, rows[known + new:]]))
-    model.config.vocab_size = len(model.head.weight)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.vocab_size = len(model.lm_head.weight)
 
-
-def scale_run(args, model, rows: int, noted: dict):
+def scale_run(args, model, rows: int):
     """Fill in what was not asked for: learning rate and steps, by the sizes of model and data.
 
     The larger the model, the lower the rate: the powers go through what was found good for the 2
     million parameters of the first run (1e-3 for SFT, 1e-4 for DPO) and what is usual for 7 billion
     (2e-5 and 5e-7).
     """
-    if args.lr is None:
-        scale, power = (1.45, -1 / 2) if args.method == "sft" else (1.65, -2 / 3)
-        args.lr = scale * model.count_parameters() ** power * (10 if args.lora else 1)
-    if args.max_steps is None or noted and noted["args"]["epochs"] != args.epochs:
-        args.max_steps = max(1, round(args.epochs * rows / args.batch))
+    scale, power = {"sft": (1.45, -1 / 2), "dpo": (1.65, -2 / 3)}[args.method]
+    rate = scale * model.count_parameters() ** power * (10 if args.lora else 1)
+    args.lr = args.lr or float(f"{rate:.2g}")
+    args.max_steps = args.max_steps or max(1, round(args.epochs * rows / args.batch))
 
+signals = []        # those that came since the loop began
+
+def note_signal(number, frame):
+    """A signal is only noted when it comes, and answered after the step. A rank that left in the
+    middle of a step would make the others wait for its gradients."""
+    if signals and number == signal.SIGINT:
+        raise KeyboardInterrupt         # Ctrl-C, twice: stop at once
+    signals.append(number)
 
 def finetune(argv=None) -> int:
     """Run it all. Returns the exit code; raises ValueError or OSError, one line, for bad input."""
 
     # ---- 1. What is asked for. What can be refused is refused before anything is written.
-    args, tensors, noted = settle(argv)
+    args, saved = read_flags(argv)
     device = pick_device(args.device)
-    rank, processes = join_processes(device), process_count()
-    if args.batch % processes:
-        raise ValueError(f"--batch {args.batch} can't be divided among {processes} processes")
-    out = out_folder(args, args.method) if rank == 0 else Path(os.devnull)
-    kind = "chats" if args.method == "sft" else "pairs"
-    torch.manual_seed(args.seed)
-    model = open_for_training(args.model, args.dropout)
-    T = args.block_size = args.block_size or model.config.block_size
-    if T > model.config.block_size:
-        raise ValueError(f"--block_size {T}: the model sees {model.config.block_size}")
-    print(f"Cutting {kind} into tokens, training {nearby(Path(args.model))} on them, saving to "
-          f"{out}.")
+    rank, world_size = init_distributed(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    # All ranks print the same lines; rank 0 prints them for all. Errors go to stderr from any rank.
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    out = out_folder(args, args.method)
+    kind = {"sft": "chats", "dpo": "pairs"}[args.method]
+    print(f"Cutting {kind} into tokens, training {args.model} on them, saving to {out}.")
 
-    # ---- 2. Text becomes token ids: once, while the other processes wait.
+    # ---- 2. Text becomes token ids: once, while the other ranks wait.
     if rank == 0:
         token_files(args)
-    add_up(0)
-    train_files, val_files, tokenizer, new = token_files(args)
-    train_rows, val_rows = (open_tokens(files, kind, T) for files in (train_files, val_files))
-    val_chats = open_tokens(val_files, "chats", T)
-    for part, rows in ("train on", train_rows), ("validate on", val_rows):
-        if not len(rows):
-            raise ValueError(f"{args.method} has no {kind} to {part} ({rows.dropped} are left out: "
-                             f"nothing to learn within {T} tokens, or two replies that are equal)")
-    largest = 1 + max(int(rows.ids.max()) for rows in (train_rows, val_rows, val_chats)
-                      if len(rows))
+    all_sum([0])
+    train_files, val_files = token_files(args)
+    pretrained = GPT.from_pretrained(args.model, dtype=torch.get_default_dtype())   # fp32
+    T = args.block_size = args.block_size or pretrained.config.block_size
+    insist(T <= pretrained.config.block_size, f"--block_size {T}: {args.model} sees "
+           f"{pretrained.config.block_size}")
+    train_data, about = open_rows(train_files, kind, T)
+    val_data, val_about = open_rows(val_files, kind, T)
+    insist(val_about["tokenizer"] == about["tokenizer"], f"{train_files[0]} and {val_files[0]} were "
+           "made by different tokenizers")
+    insist(not saved or saved["digest"] == about["digest"], f"the data has changed since {out} was "
+           "begun: put it back, or start a new run")
+    # The tokenizer that made the ids goes beside the model: the model's, or it with chat tokens.
+    tokenizer = next((folder for folder in (Path(args.model), train_files[0].parent)
+                      if file_digest(folder / "tokenizer.json") == about["tokenizer"]), None)
+    insist(tokenizer, f"{train_files[0]} was encoded with another tokenizer than that of "
+           f"{args.model}, and it does not stand beside it")
+
+    # ---- 3. The model, and how long a run it deserves.
+    torch.manual_seed(args.seed)
+    new = new_tokens(Path(args.model), tokenizer)
     if new:
-        grow(model, new, largest - new)
-    if largest > model.config.vocab_size:
-        raise ValueError(f"the data has the token {largest - 1}; the model knows only "
-                         f"{model.config.vocab_size}")
-    data = {"rows": len(train_rows), "tokens": train_rows.tokens.sum().item(),
-            "targets": train_rows.targets.sum().item()}
-    if args.resume and noted["data"] != data:
-        raise ValueError(f"the data has changed since {out} was begun: {noted['data']} then, "
-                         f"{data} now; put it back, or start a new run")
-
-    # ---- 3. The model, its reference, and how long a run it deserves.
-    model = model.to(device)
-    model.recompute = args.recompute
-    scale_run(args, model, len(train_rows), noted)
-    if args.resume and noted["step"] > args.max_steps:
-        raise ValueError(f"{out} has done {noted['step']} steps already, more than --max_steps "
-                         f"{args.max_steps}")
-    mine = args.batch // processes          # rows of this process
-    length = data["tokens"] / len(train_rows)
-    micro_batch = args.micro_batch
-    if micro_batch == "auto":               # as many as make 4096 tokens, for a start
-        micro_batch = min(mine, max(1, int(4096 / length)))
-    dtype = pick_dtype(device, args.dtype)
-    # Noted by name, so that a resumed run multiplies in the same type without asking again.
-    args.dtype = next(name for name, known in DTYPES.items() if known == dtype)
-
-    def autocast():
-        # Copies of weights in this type are not kept for the next use, because there is none.
-        return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
-    train_reference = val_reference = None
-    if kind == "pairs":         # before there are adapters: the reference is the model without
-        facts = [*sorted(Path(args.model).glob("model*.safetensors")),
-                 Path(args.model, "config.json"), T, args.dtype]
-        train_reference, val_reference = (
-            load_reference(model, rows, micro_batch, device, autocast, facts + files)
-            for rows, files in ((train_rows, train_files), (val_rows, val_files)))
-    parameters = model.count_parameters()
+        grow(pretrained, new, about["vocab_size"] - new)
+    model = GPT(replace(pretrained.config, dropout=args.dropout))
+    model.load_state_dict(pretrained.state_dict())
+    c, parameters = model.config, model.count_parameters()
+    insist(about["vocab_size"] <= c.vocab_size, f"{args.model} has {c.vocab_size} tokens; the data "
+           f"needs {about['vocab_size']}")
+    scale_run(args, model, len(train_data))
+    rows = args.batch
+    insist(rows % world_size == 0, f"--batch {rows} can't be divided among {world_size} rank(s)")
     if args.lora:
         add_lora(model, args.lora)
-    if new:                     # these rows know nothing yet, so they learn in any case
-        model.embed_tokens.requires_grad_(True), model.head.requires_grad_(True)
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    if args.fsdp and processes > 1:
-        shard(model)
-    else:
-        shrink(model, dtype)
-    print(f"data    {len(train_rows):,} {kind} to train on, with {data['tokens']:,} tokens, "
-          f"{data['targets']:,} of them to be learned; {len(val_rows):,} held out\n"
-          f"        {train_rows.dropped} and {val_rows.dropped} more left out; {train_rows.cut} "
-          f"and {val_rows.cut} cut to {T} tokens\n"
-          f"model   {parameters:,} parameters; {trained:,} learn ({trained / parameters:.1%})\n"
-          f"batch   {args.batch} {kind}, {micro_batch} at once, by {processes} "
-          f"process{'es' * (processes > 1)}\n"
-          f"steps   {args.max_steps:,} = {args.max_steps * args.batch / len(train_rows):.1f} "
-          f"epochs, at a learning rate of up to {args.lr:.2g}\n"
-          f"run     on {device.type}, products in {args.dtype}; Ctrl-C saves and stops", flush=True)
+        if new:         # what is new knows nothing yet, so its matrices learn in any case
+            model.model.embed_tokens.requires_grad_(True), model.lm_head.requires_grad_(True)
+    learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    N = train_data.spans.shape[1]
+    at_once = max(1, int(4096 / N / train_data.lengths.mean()))
+    micro_batch = min(rows // world_size, args.micro_batch or at_once)
+    args.dtype = pick_dtype(device, args.dtype)
+    sharded = args.fsdp and world_size > 1
+    model = move_to_device(model, device, args.dtype, sharded)
 
-    # ---- 4. The run.
-    def cost(rows, numbers, reference):
-        """The loss of these rows, summed, and sums of what to log."""
-        logps, places, lengths = log_probabilities(model, rows, numbers, device, autocast)
-        if reference is None:
-            return -logps.sum(), {}
-        # Both replies to a prompt went through the model together.
-        refs, learned = (torch.from_numpy(of[places]).to(device) for of in (reference, rows.mask))
-        return compare(logps.float(), refs, learned, lengths, args.beta, args.label_smoothing)
+    # Under autocast torch computes matrix products in the short type, and what needs range or
+    # precision, such as softmax and losses, in fp32.
+    def autocast():
+        return torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+    print(f"data    {len(train_data):,} {kind} to train on, {len(val_data):,} held out; "
+          f"{train_data.left_out} and {val_data.left_out} left out, {train_data.cut} and "
+          f"{val_data.cut} cut to {T} tokens\n"
+          f"model   {parameters:,} parameters, {learned:,} learn"
+          f"{', the whole embedding among them' if args.lora and new else ''}; {new} new tokens\n"
+          f"batch   {rows} {kind}, {micro_batch} at once on each of {world_size} rank(s)\n"
+          f"steps   {args.max_steps:,}: {args.max_steps * rows / len(train_data):.2f} epochs, lr up "
+          f"to {args.lr:.2g}\n"
+          f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
+    how = micro_batch, rank, world_size, autocast
+    if args.method == "dpo":        # before the model changes: the reference, of the rows it will see
+        used = epoch_order(len(train_data), args.seed, 0)[:args.max_steps * rows]
+        for data, numbers in (train_data, used), (val_data, np.arange(len(val_data))):
+            data.reference[numbers] = log_probabilities(model, data, numbers, *how).float()
 
-    def learn(step, scaler):
-        """Add the gradient of this process's rows of the step to the weights' .grad."""
-        nonlocal micro_batch
-        numbers = batch(step * args.batch + rank * mine, mine, train_rows, args.seed)
-        tokens = int(add_up(train_rows.tokens[numbers].sum()))
-        # What the loss is a mean over, in the whole batch: tokens for SFT, pairs for DPO.
-        count = args.batch if kind == "pairs" else add_up(train_rows.targets[numbers].sum())
-        pieces = {}
+    # ---- 4. The optimizer, and what a resumed run brings along.
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    # Small gradients become 0 in fp16. The scaler multiplies the loss by a large number and divides
+    # the gradients by it again. Disabled, it changes nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    # All that a run must remember besides tensors. There is no position in the data, because a
+    # batch follows from the step, and no state of a random generator, for the same reason.
+    done = {"steps": 0, "tokens": 0, "seconds": 0.0, "best": math.inf, "metrics_bytes": 0}
+    if saved:
+        restore(saved, model, optimizers)
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
+        done = saved["done"]
+    args.eval_every = args.eval_every or math.ceil(args.max_steps / 10)
+    args.save_every = args.save_every or args.eval_every
+    if rank == 0:       # the only one that writes
+        out.mkdir(parents=True, exist_ok=True)
+        for left_over in out.glob("*.part"):        # of a process that was killed while it wrote
+            left_over.unlink()
+        # A killed run has logged steps after its last checkpoint. They will be taken again, so
+        # their lines go. Without a buffer each line is written at once and whole.
+        metrics = open(out / "metrics.jsonl", "ab", buffering=0)
+        metrics.truncate(min(done["metrics_bytes"], metrics.tell()))
+    # ---- 5. The loop.
+    signals.clear()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note_signal)
+    skipped, V = 0, c.vocab_size
+    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
+    if args.method == "dpo":
+        expected = f"a model that equals its reference has ln 2 = {math.log(2):.4f}"
+    names = LOGGED[args.method]
+    if not saved:
+        model.eval()
+        found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
+        print(f"step     0  held out: {in_words(found)}", flush=True)
+    # Two clocks: `since` the last log line, for the speed; `started` for the whole run, as if it
+    # had never been interrupted.
+    since, since_tokens = time.perf_counter(), done["tokens"]
+    started = since - done["seconds"]
+    model.train()
+    for step in range(done["steps"], args.max_steps):
+        # ---- One step. Its batch is a pure function of (seed, step). Every rank makes all of it
+        # and takes its own rows; it need not ask the others how many targets they have.
+        tokens, targets, reference = batch(train_data, step, rows, args.seed)   # (rows, N, L)
+        learned = (targets != -100).sum().item()        # target tokens, of all ranks together
+        count = rows if args.method == "dpo" else learned       # what the loss is a mean over
+        mine = [x[rank::world_size] for x in (tokens, targets, reference)]
+        # Dropout follows from the step, too, but not every rank should drop the same units.
+        dropout_seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)
 
-        def share_of(first, last):
-            loss, pieces[first] = cost(train_rows, numbers[first:last], train_reference)
-            return loss / count
-        loss, micro_batch = accumulate_gradients(model, share_of, mine, micro_batch, scaler)
-        means = {name: add_up(sum(pieces[first][name] for first in range(0, mine, micro_batch)))
-                 / count for name in pieces[0]}
-        shown = {name: means.pop(name) for name in ("margin", "accuracy") if means}
-        return {"loss": add_up(loss), **shown, "more": means, "tokens": tokens,
-                "flops": tokens * model.flops_per_token(round(length))}
+        # Forward and backward, micro_batch rows at a time; backward() adds to .grad. Each part is a
+        # SUM over its target tokens, divided by the number in the WHOLE batch. So the gradients add
+        # up to that of the mean over the batch, however it is cut. If each part were its own mean,
+        # a token would count for more where it has fewer targets beside it.
+        while True:
+            loss = sums = 0.0
+            torch.manual_seed(int(dropout_seed[0]))
+            try:
+                for i in range(0, rows // world_size, micro_batch):
+                    piece = [x[i:i + micro_batch].to(device) for x in mine]
+                    # Matrix products in bf16 or fp16, but weights, gradients and losses in fp32.
+                    with autocast():
+                        part, logged = cost(nll(model, *piece[:2]), piece[2], args.beta)
+                    scaler.scale(part / count).backward()
+                    loss += part.detach() / count       # detached, or it would keep the graph
+                    sums += logged / count
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
+            # by rounding only. The graph of the failed pass must go first, because it holds most of
+            # the memory: the error referred to it, and is gone since the except block ended; `part`
+            # still does. And the parts before the failed one have already added to .grad.
+            part = None
+            model.zero_grad()
+            if micro_batch == 1 or sharded:     # FSDP: other ranks wait in a collective
+                raise ValueError(f"out of memory with --micro_batch {micro_batch}: try a smaller "
+                                 "one, or a smaller --block_size or model")
+            args.micro_batch = micro_batch = (micro_batch + 1) // 2
+            print(f"out of memory; from now on --micro_batch {micro_batch}", file=sys.stderr)
 
-    def measure(last):
-        def held_out(at_most):
-            row = evaluate(cost, val_rows, val_reference, micro_batch, at_most)
-            if kind == "pairs" and len(val_chats):
-                chats = evaluate(cost, val_chats, None, micro_batch, at_most)
-                row["val_sft_loss"] = chats["val_loss"]
-            return row
-        row = held_out(512)
-        if last:
-            row["comparable"] = row["val_loss"]
-            if max(len(val_rows), len(val_chats)) > 512:
-                row |= held_out(10**9)
-        return row, in_words(row, before or row, args.beta)
-    before = noted.get("before")
-    if before is None:
-        before, words = measure(True)
-        print(f"step     0  held out: {words}", flush=True)
-    code = fit(args, out, model, dtype, learn, measure, tensors, noted,
-               {"script": "finetune.py", "data": data, "before": before}, tokenizer)
-    if rank == 0 and code == 0 and (out / "tokenizer.json").exists():
+        # Each rank has the gradient of its own rows; the sum over ranks is that of the whole batch.
+        sum_gradients(model, sharded)
+        # Clip, because a single strange batch can have a gradient a hundred times longer than
+        # usual. --grad_clip is a length without the scaler's factor, so that goes first.
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        grad_norm = full_tensor(norm).item()
+        # Update, unless the gradient holds inf or nan: one such step would ruin the weights. All
+        # ranks see the same norm, so all skip the step or none does. The learning rate is set by
+        # hand, because it is a function of the step; a scheduler would be one more state to save.
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+        lr = learning_rate(step, args.lr, args.warmup_steps, args.max_steps, args.schedule)
+        for optimizer in optimizers if not skipped else ():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad()
+        # One message: the loss of the whole batch, and whether any rank was asked to stop. All must
+        # stop after the same step, because a rank that continues would wait for the others forever.
+        loss, stopping, *sums = all_sum([float(loss), len(signals), *sums]).tolist()
+
+        # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. A step that
+        # was interrupted by a signal is saved, so that nothing is lost.
+        now = time.perf_counter()
+        done |= {"steps": step + 1, "tokens": done["tokens"] + learned, "seconds": now - started}
+        last = step + 1 == args.max_steps
+        evaluating = last or (step + 1) % args.eval_every == 0
+        saving = last or stopping or (step + 1) % args.save_every == 0
+        logging = evaluating or (step + 1) % args.log_every == 0
+        row = {"step": step + 1, "tokens": done["tokens"], "seconds": round(done["seconds"], 3),
+               "loss": loss, "lr": lr, "grad_norm": grad_norm, **dict(zip(names, sums))}
+        shown = "".join(f"  {name} {row[name]:.3f}" for name in names[2:])
+        if step == 0:
+            print(f"step     0  loss {loss:.4f} ({expected})")
+        # In fp16 a few skipped steps are normal, until the scaler has found its factor. Many in a
+        # row mean that the weights have left the region where the loss is finite.
+        if skipped:
+            print(f"step {step + 1}: the gradient is not finite; step skipped, {skipped} in a row")
+        if skipped == 20:
+            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+        if logging:
+            speed = (done["tokens"] - since_tokens) / (now - since)
+            to_come = done["tokens"] / done["steps"] * (args.max_steps - done["steps"])
+            left = timedelta(seconds=round(to_come / speed))
+            print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}{shown}  lr {lr:.2e}  "
+                  f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
+        # Where a small text is read many times, the held-out loss turns upwards before the end. So
+        # the model with the lowest one is kept beside the last, in OUT/best.
+        better = False
+        if evaluating:
+            model.eval()        # no dropout
+            found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
+            better = found["val_loss"] < done["best"]
+            done["best"] = min(found["val_loss"], done["best"])
+            if last:            # at the end, over all held-out rows
+                found = evaluate(model, val_data, args.beta, len(val_data), *how)
+            model.train()
+            row |= found
+            print(f"step {step + 1:>5}  held out: {in_words(found)}", flush=True)
+        # Every rank takes part in collecting the tensors. Only then may anything fail that happens
+        # on rank 0 alone, or the others would wait in a collective that it never enters.
+        if saving or better:
+            state = full_state(model, optimizers)
+        if rank == 0:
+            try:
+                if logging:
+                    # JSON has no nan or inf, and other programs refuse a file that holds them.
+                    row = {k: value if math.isfinite(value) else None for k, value in row.items()}
+                    metrics.write(json.dumps(row).encode() + b"\n")
+                if better:
+                    model.save_pretrained(out / "best", state["model"], tokenizer)
+                if saving:
+                    # The checkpoint comes last. So once it says that the run is finished, the model
+                    # beside it is the finished one, and all lines of the log are on the disk.
+                    model.save_pretrained(out, state["model"], tokenizer)
+                    os.fsync(metrics.fileno())
+                    done["metrics_bytes"] = metrics.tell()
+                    save_checkpoint(out / "checkpoint.pt", state, script="finetune.py", done=done,
+                                    args=vars(args), digest=about["digest"],
+                                    scaler=scaler.state_dict())
+            except OSError as error:
+                # A full disk should not end a run of days: somebody may make room in time.
+                print(f"could not write all of {out}, where the last whole checkpoint still "
+                      f"stands: {error}", flush=True)
+                if last or stopping:
+                    return 2
+        if stopping and not last:
+            print(f"stopped after step {step + 1}, which is saved; to continue:\n"
+                  f"    python finetune.py --resume --out {shlex.quote(str(out))}", flush=True)
+            # The code that a shell reports for a program ended by a signal. Schedulers read it.
+            return 128 + (signals or [signal.SIGTERM])[0]
+        if logging or saving:
+            # Start the clock again, so that tokens/s leaves out evaluating and saving. And drop the
+            # copies of all tensors that were saved: three times the size of the model.
+            state, since, since_tokens = None, time.perf_counter(), done["tokens"]
+
+    # ---- 6. What came out of it.
+    if rank == 0:
+        run("sample.py", "--curves", out)
         if args.data is None:
-            run("data/shakespeare.py", "thou", args.model, out)
+            run("sample.py", os.path.relpath(args.model), out, "--count", THOU, YOU, "--eval",
+                os.path.relpath(HERE / "data" / "shakespeare" / "chat" / "val.jsonl"))
         print(f"\nNow you:  python sample.py {shlex.quote(str(out))} --chat")
-    return code
-
+    return 0
 
 def main(argv=None) -> int:
-    return exit_code("finetune.py", finetune, argv)
-
+    """Errors in what people type or supply become one line. Anything else is a bug, and keeps its
+    traceback."""
+    try:
+        return finetune(argv)
+    except (ValueError, OSError) as error:
+        print(f"finetune.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:       # before the first step, or asked for twice
+        print("interrupted; the last checkpoint, if there is one, is whole", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,31 +7,32 @@
     python train.py                                     # Shakespeare; minutes on two CPU cores
     python train.py --data book.txt --vocab_size 1024   # any text: .txt, .jsonl, folders
     python train.py --data tokens.npy --n_layer 12 --block_size 1024     # token ids made before
-    python train.py --model DIR --data more.txt         # go on with a model that there is
-    python train.py --resume                            # go on with the newest run, after any stop
-    torchrun --nproc_per_node 8 train.py ...            # the same run on eight GPUs
+    python train.py --model DIR --data more.txt         # continue training an existing model
+    python train.py --resume                            # continue the newest run, after any stop
+    torchrun --standalone --nproc_per_node 8 train.py ...       # the same run on eight GPUs
     python train.py --help                              # every flag, its unit and its default
 
-The loop is short: take a batch of token rows, ask the model for the loss of each next token, follow
-the gradient a small step downhill. The rest of this file keeps that honest and unbreakable:
+Everything from a batch to a saved checkpoint is in this file, in the order in which it happens.
+What it imports from gpt.py are functions of tensors, models and files; none of them prints or keeps
+a state. Four promises decide how it is written:
 
-- A batch is a pure function of the text, the seed and the step. There is no "where we were" to
-  save.
-- The loss of a step is a sum over target tokens divided by their number in the whole batch, however
-  the batch is cut into pieces to fit the memory, and divided among processes.
-- A checkpoint is one file, OUT/trainer_state.safetensors, replaced in one step: killed at any
-  moment, a run resumes and gives the losses it would have given (CPU, fp32: to the last bit).
-- This script knows no text. bpe.py makes the token files; the commands are printed, so that you can
-  run each alone.
+- A batch is a pure function of (seed, step), whatever the number of ranks. So a resumed run is the
+  same run, and there is no position in the data to save.
+- The loss is a sum over target tokens divided by the number of target tokens in the whole batch. So
+  it does not depend on how the batch is cut into micro-batches and divided among ranks.
+- When memory runs out, the step is repeated with smaller micro-batches, and the batch stays.
+- A checkpoint replaces the one before in one step. Killed at any moment, a run resumes and computes
+  the losses that it would have computed: on a CPU in fp32 to the last bit, elsewhere to rounding.
+  (With --dropout every rank draws masks of its own, so another number of ranks draws others.)
 
-OUT becomes a model directory that transformers opens (config.json, model.safetensors,
-tokenizer.json, ...), with metrics.jsonl (one JSON object a line), loss.svg,
-trainer_state.safetensors, and in OUT/best the model of the evaluation with the lowest loss.
-Left out on purpose: anything but plain next-token prediction, and splitting a single matrix product
-over devices.
+This script knows no text. bpe.py makes the token files; the commands are printed, so that you can
+run each alone. OUT becomes a model directory that transformers opens, with metrics.jsonl (one JSON
+object a line), curves.svg, checkpoint.pt, and in OUT/best the model of the evaluation with the
+lowest loss. Left out on purpose: anything but plain next-token prediction, and splitting a single
+matrix product over devices.
 
-Reading order: settings, data, then train(), the story from first line to last. Its loop, fit() at
-the end of gpt.py, is also that of finetune.py.
+Reading order: settings, data, evaluation, then train(), the story from first line to last.
+finetune.py has the same order and loop: `diff train.py finetune.py` shows what finetuning changes.
 Letters as in gpt.py: B rows in a batch, T tokens in a row.
 """
 import argparse
@@ -40,231 +41,250 @@ import json
 import math
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
+from dataclasses import replace
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from gpt import (DTYPES, GPT, GPTConfig, accumulate_gradients, add_flags, add_up, clock,
-                 exit_code, fit, join_processes, mix, nearby, open_for_training, out_folder,
-                 pick_device, pick_dtype, process_count, read_flags, run, shard, shuffled)
+from gpt import (DTYPES, GPT, GPTConfig, all_sum, full_state, full_tensor, init_distributed, insist,
+                 keep_freed_memory, learning_rate, leave, load_checkpoint, make_optimizers,
+                 move_to_device, out_of_memory, pick_device, pick_dtype,
+                 read_json, restore, save_checkpoint, sum_gradients)
 
 HERE = Path(__file__).resolve().parent
-
+# Held-out tokens at an evaluation; at the end, all.
+EVAL_TOKENS = 32768
 
 # ---------------------------------------------------------------- settings
 
-def make_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    def error(self, message):       # argparse itself would print its whole usage before it
+        raise ValueError(f"{message}; see --help")
+
+def make_parser() -> Parser:
     """Every flag with its unit and default."""
-    parser = argparse.ArgumentParser("train.py", description="Pretrain a GPT on text. Defaults in "
-                                     "brackets.")
+    parser = Parser("train.py", description="Pretrain a GPT on text. Defaults in brackets.")
     add = parser.add_argument_group("files").add_argument
-    add("--data", nargs="+", metavar="FILE", help="text (.txt, .jsonl, a folder) or token ids "
-        "(.npy, one or many) [the plays of Shakespeare]")
-    add("--val_data", nargs="+", metavar="FILE", help="the same, to validate on [the last tenth of "
-        "--data, which is then not trained on]")
-    add("--model", metavar="DIR", help="a model to go on with, instead of a new one")
+    add("--data", nargs="+", metavar="FILE", type=os.path.abspath,
+        help=".txt, .jsonl, folders of them, or token ids in .npy [the plays of Shakespeare]")
+    add("--val_data", nargs="+", metavar="FILE", type=os.path.abspath,
+        help="the same, to validate on [the last tenth of --data]")
+    add("--model", metavar="DIR", type=os.path.abspath, help="train this model further [a new one]")
+    add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
+    add("--resume", action="store_true", help="continue the run in --out [the newest], or begin it")
     add = parser.add_argument_group("a new model").add_argument
     add("--vocab_size", type=int, help="tokens that bpe.py learns [4096]")
     add("--n_layer", type=int, help="layers: the one dial, the rest follows [3]")
     add("--n_embd", type=int, help="width [64 per layer]")
     add("--n_head", type=int, help="query heads [one per 64 of width]")
     add("--n_kv_head", type=int, help="key-value heads [half of --n_head where that is even]")
-    add = parser.add_argument_group("size of the run").add_argument
-    add("--block_size", type=int, default=256, help="tokens in a row: how far back the model sees "
-        "[%(default)s]")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--block_size", type=int, default=256, help="tokens in a row [%(default)s]")
     add("--batch_tokens", type=int, help="target tokens per step [by the size of the run]")
+    add("--max_steps", type=int, help="updates [20 tokens per parameter, at most two epochs]")
     add("--lr", type=float, help="peak learning rate [by the size of the run]")
-    add("--max_steps", type=int, help="updates of the weights [20 tokens per parameter, "
-        "but no more than two epochs of the text]")
-    add("--eval_tokens", type=int, default=32768, help="held-out tokens at an evaluation; at the "
-        "end: all [%(default)s]")
-    add("--compile", action=argparse.BooleanOptionalAction, help="let torch.compile fuse the step "
-        "[on a GPU, and in long runs on a CPU, where it works and is faster]")
-    add_flags(parser)
+    add("--warmup_steps", type=int, default=30, help="steps until --lr is reached [%(default)s]")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine",
+        help="how the learning rate falls: all the way, or in the last fifth [%(default)s]")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon learns more from each batch, and needs torch 2.9 [%(default)s]")
+    add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="longest gradient [%(default)s]")
+    add("--dropout", type=float, default=0.0,
+        help="raise it when the held-out loss turns upwards [%(default)s]")
+    add("--seed", type=int, default=1, help="of first weights, batches, dropout [%(default)s]")
+    add = parser.add_argument_group("running").add_argument
+    add("--device", choices=("cpu", "cuda", "mps"), help="[the fastest one here]")
+    add("--dtype", choices=tuple(DTYPES), help="to compute in [the fastest safe one here]")
+    add("--micro_batch", type=int, help="rows at once: fewer need less memory, and change nothing "
+        "else [as many as make 16384 tokens, fewer when memory runs out]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="by torch.compile [on a GPU]")
+    add("--fsdp", action="store_true", help="shard the weights over the ranks of torchrun")
+    add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
+    add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
+    add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
     return parser
 
+# What a resumed run may change: where and how it computes, and its length, which moves the learning
+# rate from then on. Anything else would make it another run than the one that stopped.
+MAY_CHANGE = {"out", "resume", "max_steps", "device", "dtype", "micro_batch", "compile", "fsdp",
+              "eval_every", "save_every", "log_every"}
 
-def settle(argv):
-    """Flags -> (settings, tensors of the run to resume or None, what that run noted)."""
-    args, tensors, noted = read_flags(make_parser(), argv)
-    shape = ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head")
-    for name in shape if args.model else ():
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is for a new model; that of --model has its own")
-    if not args.model:
-        args.vocab_size, args.n_layer = args.vocab_size or 4096, args.n_layer or 3
-        make_config(args, args.vocab_size)      # a shape that does not fit is refused here
-    return args, tensors, noted
+def read_flags(argv) -> tuple:
+    """Flags -> (settings, the checkpoint to resume or None). Raises ValueError, one line, for what
+    can be seen to be wrong without the data."""
+    parser = make_parser()
+    args, saved = parser.parse_args(argv), None
+    if args.resume and not args.out:
+        runs = [path for path in Path("out").glob("*/checkpoint.pt")
+                if load_checkpoint(path).get("script") == parser.prog]
+        insist(runs, f"nothing to resume: out/ holds no run of {parser.prog}; name one by --out")
+        args.out = str(max(runs, key=os.path.getmtime).parent)
+    if args.resume and Path(args.out, "checkpoint.pt").exists():
+        out, saved = args.out, load_checkpoint(Path(args.out, "checkpoint.pt"))
+        insist(saved.get("script") == parser.prog, f"{out} is a run of {saved.get('script')}")
+        # A flag that is given again wins over the saved value.
+        parser.set_defaults(**saved["args"])
+        args = parser.parse_args(argv)
+        for name, value in saved["args"].items():
+            insist(name in MAY_CHANGE or getattr(args, name) == value, f"--{name} was {value} in "
+                   f"{out} and can't change: leave it out, or start a new run")
+        args.out = out
+    for name, value in vars(args).items():
+        low = 0 if name in ("seed", "dropout", "weight_decay", "warmup_steps") else 1e-30
+        insist(type(value) not in (int, float) or low <= value < math.inf, f"--{name} is {value}; "
+               f"it must be {'above' if low else 'at least'} 0, and finite")
+    insist(args.data or not args.val_data, "--val_data without --data")
+    insist(not args.fsdp or args.optimizer == "adamw", "--optimizer muon needs matrices whole, and "
+           "--fsdp cuts them: use adamw")
+    return args, saved
 
-
-def check_batch(args, processes: int):
-    """Refuse a batch that can't be cut as asked for. What is not given yet will fit."""
-    T, rows = args.block_size, (args.batch_tokens or 0) // args.block_size
-    if args.batch_tokens and (args.batch_tokens % T or rows % processes):
-        nearest = max(1, round(args.batch_tokens / (T * processes))) * T * processes
-        raise ValueError(f"--batch_tokens {args.batch_tokens} is not a whole number of rows of "
-                         f"--block_size {T} for each of {processes} process(es); the nearest that "
-                         f"is: {nearest}")
-    if rows and args.micro_batch != "auto" and rows // processes % args.micro_batch:
-        raise ValueError(f"--micro_batch {args.micro_batch} does not divide the "
-                         f"{rows // processes} rows of {T} that --batch_tokens {args.batch_tokens} "
-                         "makes for each process")
-
-
-def make_config(args, vocab_size: int) -> GPTConfig:
-    return GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_embd, args.n_head,
-                     args.n_kv_head, dropout=args.dropout)
-
+def out_folder(args, name: str) -> Path:
+    """Where the run goes. A new run never overwrites an old one."""
+    out, number = Path(args.out or f"out/{name}"), 2
+    while not args.out and out.exists():
+        out, number = Path(f"out/{name}-{number}"), number + 1
+    insist(args.resume or not any(out.glob("*.safetensors")), f"{out} holds a model: continue it "
+           "with --resume, or choose another --out")
+    return out
 
 # ---------------------------------------------------------------- data
 
-def data_name(args) -> str:
-    return Path(args.data[0]).stem if args.data else "shakespeare"
-
+def run(script: str, *arguments):
+    """Run another script of this project, after printing the command. Its errors are its own."""
+    command = [os.path.relpath(HERE / script), *map(str, arguments)]
+    print("$ python " + shlex.join(command), flush=True)
+    code = subprocess.run([sys.executable, *command]).returncode
+    if code:
+        sys.exit(code)
 
 def token_files(args) -> tuple[list[Path], list[Path]]:
-    """The token ids of --data and --val_data: files, made by bpe.py where they are not there yet.
+    """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
 
     Those of a text are in data/tokens/NAME-SIZE-KEY. KEY is a digest of all that they depend on:
     the text files (name, size, time of change), the vocabulary (its size, or the tokenizer of
     --model), and bpe.py itself. Whatever changes, the key changes: nothing stale can be found.
     """
-    data, val = args.data, args.val_data
+    data, val = args.data, args.val_data or []
     if data is None:
         # The second is the text that data/shakespeare.py falls back to.
         folders = [HERE / "data" / name for name in ("shakespeare", "manual")]
         if not any(folder.exists() for folder in folders):
             run("data/shakespeare.py")
-        folder = next(folder for folder in folders if folder.exists())
-        data, val = [folder / "train"], [folder / "val"]
-    data, val = ([nearby(Path(path)) for path in paths or []] for paths in (data, val))
-    everything = data + val
-    for path in everything:
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
-    if any(path.suffix == ".npy" for path in everything):
-        if {path.suffix for path in everything} != {".npy"}:
-            raise ValueError("give text, or .npy files of tokens (also for --val_data); not both")
+        data, val = next(([folder / "train"], [folder / "val"]) for folder in folders
+                         if folder.exists())
+    data, val = ([Path(os.path.relpath(path)) for path in paths] for paths in (data, val))
+    endings = {path.suffix for path in data + val}
+    if ".npy" in endings:
+        insist(endings == {".npy"}, "give text, or .npy files (then also for --val_data); not both")
         return data, val
 
     given = Path(args.model, "tokenizer.json") if args.model else None
-    if given and not given.exists():
-        raise ValueError(f"{args.model} holds no tokenizer.json: give token ids (.npy), not text")
     facts = [(HERE / "bpe.py").read_bytes(), given.read_bytes() if given else args.vocab_size,
              len(data)]
-    for path in everything:
+    for path in data + val:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
         facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    size = args.vocab_size or Path(args.model).name
-    folder = nearby(HERE / "data" / "tokens" / f"{data_name(args)}-{size}-{key}")
-    part = {"train": [] if val else ["--part", "0:0.9"], "val": [] if val else ["--part", "0.9:1"]}
+    name = f"{data[0].stem}-{Path(args.model).name if given else args.vocab_size}-{key}"
+    folder = Path(os.path.relpath(HERE / "data" / "tokens" / name))
+    parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
     # bpe.py writes each file whole, and these last: what is there is complete.
-    if not given and not (folder / "tokenizer_config.json").exists():
-        # GPT-2's split keeps a line's end apart from what stands before it. In newer ones ":\n" can
-        # be one token, and after a prompt that ends in "ROMEO:" the model is in a place where it
-        # never was.
-        run("bpe.py", "train", *data, *part["train"], "--vocab_size", args.vocab_size,
+    if not given and not (folder / "tokenizer.json").exists():
+        # GPT-2's split keeps the end of a line apart from what stands before it. In newer ones
+        # ":\n" can be one token, so that no text that was trained on has ":" alone before "\n".
+        run("bpe.py", "train", *data, "--part", parts[0], "--vocab_size", args.vocab_size,
             "--pattern", "gpt2", "--out", folder)
-    for name, texts in ("train", data), ("val", val or data):
-        if not (folder / f"{name}.json").exists():
-            run("bpe.py", "encode", *texts, *part[name], "--tokenizer",
-                nearby(given.parent) if given else folder, "--out", folder / f"{name}.npy")
+    for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
+        if not (folder / f"{name}.npy.json").exists():
+            run("bpe.py", "encode", *texts, "--part", part, "--tokenizer",
+                os.path.relpath(args.model) if given else folder, "--out", folder / f"{name}.npy")
     return [folder / "train.npy"], [folder / "val.npy"]
 
-
-class Tokens:
-    """The ids of several files as one long row. Memory holds only what is looked at."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts = parts
-        self.starts = np.cumsum([0] + [len(part) for part in parts])
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def __getitem__(self, places: slice) -> np.ndarray:
-        first, last, _ = places.indices(len(self))
-        number, found = int(np.searchsorted(self.starts, first, "right")) - 1, []
-        while number < len(self.parts) and self.starts[number] < last:
-            begin = self.starts[number]
-            found.append(self.parts[number][max(first - begin, 0):last - begin])
-            number += 1
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def open_tokens(paths: list[Path]) -> tuple[Tokens, dict]:
-    """-> (ids; what bpe.py noted about them in the .json files beside, or {} if not about all)."""
-    parts, about = [], []
+def open_tokens(paths: list[Path]) -> tuple[np.ndarray, list[dict]]:
+    """-> (the ids of all files as one row, what is known of each: its number of tokens, a digest,
+    the size of the vocabulary and, where bpe.py made it, what else it noted beside it)"""
+    parts, notes = [], []
     for path in paths:
         try:
             part = np.load(path, mmap_mode="r", allow_pickle=False)
+            insist(part.ndim == 1 and part.dtype.kind in "iu" and len(part) and part[0] >= 0,
+                   f"it has {part.dtype} of shape {part.shape}")
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file of token ids: {error}") from None
-        if part.ndim != 1 or part.dtype.kind not in "iu":
-            raise ValueError(f"{path} holds {part.dtype} of shape {part.shape}, not a row of ids")
-        beside = path.with_suffix(".json")
-        noted = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-        if noted and noted.get("tokens") != len(part):
-            raise ValueError(f"{path} has {len(part)} tokens, but {beside.name} says "
-                             f"{noted.get('tokens')}: delete both and encode again")
-        parts.append(part)
-        about.append(noted)
-    if len({noted.get("tokenizer") for noted in about}) > 1:
-        raise ValueError(f"the files with {paths[0]} were made by different tokenizers")
-    together = dict(about[0], bytes=sum(noted["bytes"] for noted in about)) if all(about) else {}
-    return Tokens(parts), together
+            raise ValueError(f"{path} holds no row of token ids: {error}") from None
+        noted = {"tokens": len(part), "tokenizer": None}
+        if Path(f"{path}.json").exists():
+            noted = read_json(f"{path}.json")
+        else:       # not of bpe.py: only the ids themselves can tell
+            noted |= {"digest": hashlib.sha256(part).hexdigest(), "vocab_size": int(part.max()) + 1}
+        insist(noted["tokens"] == len(part), f"{path} has {len(part)} tokens, but {path}.json says "
+               f"{noted['tokens']}: encode the text again")
+        parts, notes = [*parts, part], [*notes, noted]
+    # One file stays on the disk, and memory holds what is looked at. Several are copied into it.
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)), notes
 
+@lru_cache(2)       # a batch can lie across the end of an epoch
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n). RandomState and not default_rng: only its stream is frozen (NEP
+    19), and a run that is resumed with a newer numpy must find the same order."""
+    return np.random.RandomState([seed, epoch]).permutation(n)
 
-def batch(tokens, first: int, rows: int, T: int, seed: int):
-    """Rows of training text: tokens (B, T) and, one place later, targets (B, T). `first` counts the
-    rows from the beginning of the run, so that step and process number say which are whose.
+def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
+    """All rows of a step, for all ranks: tokens (rows, T) and, shifted by one, targets (rows, T).
 
-    The text is cut into windows of T tokens. An epoch takes each of them once, in an order of its
-    own, and cut at places of its own, so that the model meets new beginnings.
+    The text is cut into windows of T tokens. An epoch takes each window once, in an order of its
+    own, and cuts the text at positions of its own, so that the model meets new beginnings.
     """
-    n = max(1, len(tokens) // T - 1)        # one window less than there are: room for the shift
+    n = max(1, len(data) // T - 1)          # one window less than there are: room for the cut
     starts = []
-    for epoch, i in (divmod(row, n) for row in range(first, first + rows)):
-        shift = mix(seed, epoch) % min(T, len(tokens) - n * T)
-        starts.append(shift + T * shuffled(i, n, seed, epoch))
-    both = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
-    return both[:, :-1], both[:, 1:]
+    for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows)):
+        cut = np.random.RandomState([seed, epoch]).randint(min(T, len(data) - n * T))
+        starts.append(cut + T * epoch_order(n, seed, epoch)[i])
+    # T + 1 ids give T tokens and T targets: the target at each position is the token after it.
+    ids = torch.from_numpy(np.stack([data[start:start + T + 1] for start in starts]).astype(int))
+    return ids[:, :-1], ids[:, 1:]
 
+# ---------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def evaluate(model, tokens, T: int, rows: int, device, autocast, at_most: int) -> tuple[float, int]:
-    """Mean loss on held-out text, in nats per token, over windows of T tokens side by side, and the
-    number of tokens it was computed on.
+def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, rank: int,
+             world_size: int, autocast) -> dict:
+    """Mean loss on held-out text, in nats per token, over windows of T tokens side by side.
 
-    Each token but the first is predicted once, from what its window holds before it; `rows` windows
-    are computed at once. If there are more than at_most tokens, it takes evenly spread windows with
-    about that many together.
+    Each token but the first is predicted once, from those before it in its window. If there are
+    more than at_most tokens, evenly spread windows are taken, with no more than that together.
+    Every rank computes its share of them. A collective.
     """
-    starts = range(0, len(tokens) - 1, T)[:: math.ceil(len(tokens) / at_most)]
+    device = next(model.parameters()).device
+    starts = np.arange(0, len(data) - 1, T)
+    starts = starts[::math.ceil(len(data) / at_most)].tolist()
+    # Under FSDP a forward pass is a collective: all ranks must make the same number of them.
+    starts = (starts + [len(data)] * (-len(starts) % world_size))[rank::world_size]
+    ids = np.full((len(starts), T + 1), -100)       # -100 is no target: the last window is shorter
+    for row, start in zip(ids, starts):
+        window = data[start:start + T + 1]
+        row[:len(window)] = window
     total, count = 0.0, 0
-    for i in range(0, len(starts), rows):
-        # -100 is no target: the last window may be shorter.
-        ids = np.full((len(starts[i:i + rows]), T + 1), -100, dtype=np.int64)
-        for row, start in zip(ids, starts[i:i + rows]):
-            window = tokens[start:start + T + 1]
-            row[:len(window)] = window
-        ids = torch.from_numpy(ids).to(device)
-        found = int((ids[:, 1:] != -100).sum())
+    for piece in torch.from_numpy(ids).split(micro_batch):
+        tokens, targets = piece[:, :-1].clamp(min=0).to(device), piece[:, 1:].to(device)
         with autocast():
-            total += model(ids[:, :-1].clamp(min=0), ids[:, 1:]).item() * found
-        count += found
-    return total / count, count
-
+            total += model(tokens, targets, reduction="none").sum().item()
+        count += (targets != -100).sum().item()
+    total, count = all_sum([total, count]).tolist()
+    return {"val_loss": total / count, "val_tokens": int(count)}
 
 # ---------------------------------------------------------------- the story
 
-def scale_run(args, model, text: int, processes: int):
+def scale_run(args, model, text: int):
     """Fill in what was not asked for: batch, steps and learning rate, by the sizes of the model and
-    of the text (in tokens).
+    of the text (in tokens), whatever the number of ranks.
 
     Steps: 20 tokens for each parameter, where a training budget is spent best (arXiv:2203.15556,
     table 3), but each token of the text at most twice: more pays off until about four times
@@ -275,178 +295,314 @@ def scale_run(args, model, text: int, processes: int):
     """
     tokens = min(20 * model.count_parameters(), 2 * text)
     operations = tokens * model.flops_per_token(args.block_size)
-    if args.batch_tokens is None:
-        rows = 0.073 * operations ** 0.3271 / args.block_size
-        args.batch_tokens = args.block_size * processes * max(
-            1, 2 ** round(math.log2(max(1, rows / processes))))
-    if args.lr is None:
-        args.lr = float(f"{0.1 * operations ** -0.125:.1e}")
-    if args.max_steps is None:
-        args.max_steps = max(1, round(tokens / args.batch_tokens))
+    rows = 2 ** round(math.log2(max(1, 0.073 * operations ** 0.3271 / args.block_size)))
+    args.batch_tokens = args.batch_tokens or rows * args.block_size
+    args.lr = args.lr or float(f"{0.1 * operations ** -0.125:.1e}")
+    args.max_steps = args.max_steps or max(1, round(tokens / args.batch_tokens))
 
+signals = []        # those that came since the loop began
+
+def note_signal(number, frame):
+    """A signal is only noted when it comes, and answered after the step. A rank that left in the
+    middle of a step would make the others wait for its gradients."""
+    if signals and number == signal.SIGINT:
+        raise KeyboardInterrupt         # Ctrl-C, twice: stop at once
+    signals.append(number)
 
 def train(argv=None) -> int:
     """Run it all. Returns the exit code; raises ValueError or OSError, one line, for bad input."""
 
     # ---- 1. What is asked for. What can be refused is refused before anything is written.
-    args, tensors, noted = settle(argv)
+    args, saved = read_flags(argv)
     device = pick_device(args.device)
-    rank, processes = join_processes(device), process_count()
-    check_batch(args, processes)
-    out = out_folder(args, data_name(args)) if rank == 0 else Path(os.devnull)
+    rank, world_size = init_distributed(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    # All ranks print the same lines; rank 0 prints them for all. Errors go to stderr from any rank.
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     T = args.block_size
-    size = f"{args.n_layer} layers" if not args.model else f"the model {nearby(Path(args.model))}"
-    print(f"Getting the text, cutting it into tokens, training {size} on them, saving to {out}, "
-          "letting the model speak.")
+    shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_embd", "n_head",
+                                                    "n_kv_head", "dropout")}
+    if not args.model:
+        args.vocab_size, shape["n_layer"] = args.vocab_size or 4096, args.n_layer or 3
+        GPTConfig(args.vocab_size, **shape)         # refuses a shape that does not fit
+    out = out_folder(args, Path(args.data[0] if args.data else "shakespeare").stem)
+    print(f"Getting the text, cutting it into tokens, training on them, saving to {out}.")
 
-    # ---- 2. Text becomes token ids: once, while the other processes wait.
+    # ---- 2. Text becomes token ids: once, while the other ranks wait.
     if rank == 0:
         token_files(args)
-    add_up(0)
+    all_sum([0])
     train_files, val_files = token_files(args)
-    train_tokens, about = open_tokens(train_files)
+    train_data, notes = open_tokens(train_files)
     if val_files:
-        val_tokens, val_about = open_tokens(val_files)
-        if val_about.get("tokenizer") != about.get("tokenizer"):
-            raise ValueError(f"{train_files[0]} and {val_files[0]} were made by different "
-                             "tokenizers")
-    else:       # the last tenth of each file
-        cuts = [(part, len(part) * 9 // 10) for part in train_tokens.parts]
-        train_tokens = Tokens([part[:cut] for part, cut in cuts])
-        val_tokens, val_about = Tokens([part[cut:] for part, cut in cuts]), {}
-    for kind, tokens in ("training", train_tokens), ("held-out", val_tokens):
-        if len(tokens) < T + 1:
-            raise ValueError(f"the {kind} text has {len(tokens)} tokens, less than one row of "
-                             f"--block_size {T} and its next token: more text, or a lower number")
-    parts = train_tokens.parts + val_tokens.parts
-    vocab_size = about.get("vocab_size") or 1 + max(int(part.max()) for part in parts if len(part))
-    if not about and min(int(part.min()) for part in parts if len(part)) < 0:
-        raise ValueError(f"{train_files[0]} holds negative numbers: those are no token ids")
-    data = {"tokens": len(train_tokens), "tokenizer": about.get("tokenizer")}
-    if args.resume and noted["data"] != data:
-        raise ValueError(f"the text has changed since {out} was begun: {noted['data']} then, "
-                         f"{data} now; put it back, or start a new run")
-    # Bits per byte compares models whatever their tokenizers: nats per token, divided by bytes per
-    # token of the held-out text, in bits. For ids of an unknown text there is none.
-    bits = (len(val_tokens) - 1) / val_about["bytes"] / math.log(2) if val_about else None
-
-    # ---- 3. The model, and how long a run it deserves.
-    torch.manual_seed(args.seed)
-    if args.model:
-        model = open_for_training(args.model, args.dropout)
-        if vocab_size > model.config.vocab_size or T > model.config.block_size:
-            raise ValueError(f"{args.model} has {model.config.vocab_size} tokens and sees "
-                             f"{model.config.block_size}; asked for are {vocab_size} and "
-                             f"--block_size {T}")
+        val_data, val_notes = open_tokens(val_files)
     else:
-        model = GPT(make_config(args, vocab_size))
-    model = model.to(device)
-    scale_run(args, model, len(train_tokens), processes)
-    rows = args.batch_tokens // T           # of the whole batch
-    mine = rows // processes                # of this process
-    check_batch(args, processes)
-    micro_batch = args.micro_batch
-    if micro_batch == "auto":               # as many as make 16384 tokens, for a start
-        micro_batch = next(n for n in range(mine, 0, -1)
-                           if mine % n == 0 and n * T <= max(T, 16384))
-    if args.resume and noted["step"] > args.max_steps:
-        raise ValueError(f"{out} has done {noted['step']} steps already, more than --max_steps "
-                         f"{args.max_steps}")
-    c, parameters = model.config, model.count_parameters()
-    if args.fsdp and processes > 1:
-        shard(model)
-    dtype = pick_dtype(device, args.dtype)
-    # Noted by name, so that a resumed run multiplies in the same type without asking again.
-    args.dtype = next(name for name, known in DTYPES.items() if known == dtype)
+        cut = len(train_data) * 9 // 10
+        train_data, val_data, val_notes = train_data[:cut], train_data[cut:], []
+    for kind, data in ("training", train_data), ("held-out", val_data):
+        insist(len(data) > T, f"the {kind} text has {len(data)} tokens, less than one row of "
+               f"--block_size {T} and its next token: more text, or a lower number")
+    digest = [noted["digest"] for noted in notes + val_notes]
+    insist(not saved or saved["digest"] == digest, f"the text has changed since {out} was begun: "
+           "put it back, or start a new run")
+    # The tokenizer that made the ids goes beside the model. Is it where it should be?
+    tokenizer = Path(args.model or train_files[0].parent)
+    file = tokenizer / "tokenizer.json"
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+    made_by = {noted["tokenizer"] for noted in notes + val_notes}
+    insist(len(made_by) == 1 and (not args.model or made_by <= {None, found}), "not all token files "
+           "were made by the same tokenizer, which must be that of --model if there is one")
+    if found is None or made_by != {found} and not args.model:
+        print(f"no tokenizer of {train_files[0]} is beside it: the model will know only numbers")
+        tokenizer = None
 
+    # ---- 3. The model, and how long a run it deserves. Its first weights follow from the seed.
+    torch.manual_seed(args.seed)
+    vocab_size = max(noted["vocab_size"] for noted in notes + val_notes)
+    if args.model:
+        pretrained = GPT.from_pretrained(args.model, dtype=torch.get_default_dtype())   # fp32
+        model = GPT(replace(pretrained.config, dropout=args.dropout))
+        # Copies. The opened weights are mapped from the file, and a matrix product can depend, in
+        # the last bit, on how its memory is aligned. A resumed run would then differ.
+        model.load_state_dict(pretrained.state_dict())
+    else:
+        model = GPT(GPTConfig(vocab_size, **shape))
+    c, parameters, flops = model.config, model.count_parameters(), model.flops_per_token(T)
+    insist(vocab_size <= c.vocab_size and T <= c.block_size, f"{args.model} has {c.vocab_size} "
+           f"tokens and sees {c.block_size}; needed are {vocab_size} and --block_size {T}")
+    for name in "n_layer", "n_embd", "n_head", "n_kv_head":
+        insist(getattr(args, name) in (None, getattr(c, name)), f"--{name} is for a new model; "
+               f"{args.model} has {getattr(c, name)}")
+    scale_run(args, model, len(train_data))
+    # Rows of the whole batch; each rank takes an equal share of them.
+    rows, unit = args.batch_tokens // T, T * world_size
+    insist(args.batch_tokens % unit == 0, f"--batch_tokens {args.batch_tokens} is not a whole "
+           f"number of rows of --block_size {T} for each of {world_size} rank(s); the nearest that "
+           f"is: {max(1, round(args.batch_tokens / unit)) * unit}")
+    micro_batch = min(rows // world_size, args.micro_batch or max(1, 16384 // T))
+    args.dtype = pick_dtype(device, args.dtype)
+    sharded = args.fsdp and world_size > 1
+    model = move_to_device(model, device, args.dtype, sharded)
+
+    # Under autocast torch computes matrix products in the short type, and what needs range or
+    # precision, such as softmax and losses, in fp32.
     def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    print(f"data    {len(train_tokens):,} tokens to train on, {len(val_tokens):,} held out; "
-          f"vocabulary {vocab_size:,}\n"
-          f"model   {parameters:,} parameters: {c.n_layer} layers, {c.n_embd} wide, "
-          f"{c.n_head} heads ({c.n_kv_head} for keys and values), "
-          f"{model.flops_per_token(T) / 1e6:,.0f} million operations a token\n"
-          f"batch   {args.batch_tokens:,} tokens = {micro_batch} rows at once of {T} tokens, "
-          f"{mine // micro_batch} times, by {processes} process{'es' * (processes > 1)}\n"
-          f"steps   {args.max_steps:,} = "
-          f"{args.max_steps * args.batch_tokens / len(train_tokens):.1f} epochs, at a learning "
-          f"rate of up to {args.lr:.2g}")
+        return torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+    print(f"data    {len(train_data):,} tokens to train on, {len(val_data):,} held out\n"
+          f"model   {parameters:,} parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} "
+          f"heads ({c.n_kv_head} for keys and values), vocabulary {c.vocab_size:,}\n"
+          f"batch   {args.batch_tokens:,} tokens: {rows} rows of {T}, {micro_batch} at once, on "
+          f"{world_size} rank(s)\n"
+          f"steps   {args.max_steps:,}: {args.max_steps * args.batch_tokens / len(train_data):.1f} "
+          f"epochs of {flops / 1e6:,.0f} million operations a token, lr up to {args.lr:.2g}\n"
+          f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
 
-    # ---- 4. A trial: how long does a step take, and does torch.compile shorten it?
-    def learn(step: int, scaler, forward, rows_now: int) -> dict:
-        """Add the gradient of this process's rows of the step to the weights' .grad."""
-        nonlocal micro_batch
-        tokens, targets = batch(train_tokens, step * rows + rank * mine, rows_now, T, args.seed)
+    # ---- 4. The optimizer, and what a resumed run brings along.
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    # Small gradients become 0 in fp16. The scaler multiplies the loss by a large number and divides
+    # the gradients by it again. Disabled, it changes nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    # All that a run must remember besides tensors. There is no position in the data, because a
+    # batch follows from the step, and no state of a random generator, for the same reason.
+    done = {"steps": 0, "tokens": 0, "seconds": 0.0, "best": math.inf, "metrics_bytes": 0}
+    if saved:
+        restore(saved, model, optimizers)
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
+        done = saved["done"]
+    args.eval_every = args.eval_every or math.ceil(args.max_steps / 10)
+    args.save_every = args.save_every or args.eval_every
+    if rank == 0:       # the only one that writes
+        out.mkdir(parents=True, exist_ok=True)
+        for left_over in out.glob("*.part"):        # of a process that was killed while it wrote
+            left_over.unlink()
+        # A killed run has logged steps after its last checkpoint. They will be taken again, so
+        # their lines go. Without a buffer each line is written at once and whole.
+        metrics = open(out / "metrics.jsonl", "ab", buffering=0)
+        metrics.truncate(min(done["metrics_bytes"], metrics.tell()))
+    compiling = args.compile if args.compile is not None else device.type == "cuda"
+    forward = torch.compile(model, dynamic=False) if compiling else model
 
-        def share_of(first, last):
-            with autocast():
-                loss = forward(tokens[first:last].to(device), targets[first:last].to(device))
-            return loss * (last - first) / rows     # all rows have T targets
-        loss, micro_batch = accumulate_gradients(model, share_of, rows_now, micro_batch, scaler)
-        return {"loss": loss, "tokens": args.batch_tokens,
-                "flops": args.batch_tokens * model.flops_per_token(T)}
+    # ---- 5. The loop.
+    signals.clear()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note_signal)
+    skipped, V = 0, c.vocab_size
+    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
+    # Two clocks: `since` the last log line, for the speed; `started` for the whole run, as if it
+    # had never been interrupted.
+    since, since_tokens = time.perf_counter(), done["tokens"]
+    started = since - done["seconds"]
+    model.train()
+    for step in range(done["steps"], args.max_steps):
+        # ---- One step. Its batch is a pure function of (seed, step). Every rank makes all of it
+        # and takes its own rows; it need not ask the others how many targets they have.
+        tokens, targets = batch(train_data, step, rows, T, args.seed)           # (rows, T) each
+        count = (targets != -100).sum().item()          # target tokens, of all ranks together
+        mine = [x[rank::world_size] for x in (tokens, targets)]
+        # Dropout follows from the step, too, but not every rank should drop the same units.
+        dropout_seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)
 
-    def trial(forward) -> float:
-        """Seconds per step."""
-        times, unscaled = [], torch.amp.GradScaler(device.type, enabled=False)
-        for _ in range(4):      # the first time warms up; of the others the least disturbed counts
-            start = time.perf_counter()
-            learn(0, unscaled, forward, micro_batch)
-            times.append(time.perf_counter() - start)
+        # Forward and backward, micro_batch rows at a time; backward() adds to .grad. Each part is a
+        # SUM over its target tokens, divided by the number in the WHOLE batch. So the gradients add
+        # up to that of the mean over the batch, however it is cut. If each part were its own mean,
+        # a token would count for more where it has fewer targets beside it.
+        while True:
+            loss = 0.0
+            torch.manual_seed(int(dropout_seed[0]))
+            try:
+                for i in range(0, rows // world_size, micro_batch):
+                    piece = [x[i:i + micro_batch].to(device) for x in mine]
+                    # Matrix products in bf16 or fp16, but weights, gradients and losses in fp32.
+                    with autocast():
+                        part = forward(*piece, reduction="none").sum()
+                    scaler.scale(part / count).backward()
+                    loss += part.detach() / count       # detached, or it would keep the graph
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
+            # by rounding only. The graph of the failed pass must go first, because it holds most of
+            # the memory: the error referred to it, and is gone since the except block ended; `part`
+            # still does. And the parts before the failed one have already added to .grad.
+            part = None
+            model.zero_grad()
+            if micro_batch == 1 or sharded:     # FSDP: other ranks wait in a collective
+                raise ValueError(f"out of memory with --micro_batch {micro_batch}: try a smaller "
+                                 "one, or a smaller --block_size or model")
+            args.micro_batch = micro_batch = (micro_batch + 1) // 2
+            print(f"out of memory; from now on --micro_batch {micro_batch}", file=sys.stderr)
+
+        # Each rank has the gradient of its own rows; the sum over ranks is that of the whole batch.
+        sum_gradients(model, sharded)
+        # Clip, because a single strange batch can have a gradient a hundred times longer than
+        # usual. --grad_clip is a length without the scaler's factor, so that goes first.
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        grad_norm = full_tensor(norm).item()
+        # Update, unless the gradient holds inf or nan: one such step would ruin the weights. All
+        # ranks see the same norm, so all skip the step or none does. The learning rate is set by
+        # hand, because it is a function of the step; a scheduler would be one more state to save.
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+        lr = learning_rate(step, args.lr, args.warmup_steps, args.max_steps, args.schedule)
+        for optimizer in optimizers if not skipped else ():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+        scaler.update()
         model.zero_grad()
-        return min(times[1:]) * mine / micro_batch
-    steps_left = args.max_steps - noted.get("step", 0)
-    forward, per_step = model, trial(model)
-    # On a CPU compiling takes about a minute and wins a tenth to a third of a step.
-    patient = device.type == "cuda" or per_step * steps_left > 900      # seconds
-    if args.compile or (args.compile is None and patient and not args.fsdp):
-        start = time.perf_counter()
-        try:
-            compiled = torch.compile(model, dynamic=False)
-            compiled_step = trial(compiled)
-            print(f"compile {time.perf_counter() - start:.0f} s once, then "
-                  f"{per_step / compiled_step:.2f} times as fast")
-            if args.compile or compiled_step < 0.95 * per_step:
-                forward, per_step = compiled, compiled_step
-        except Exception as error:      # no C++ compiler, a platform without Triton, ...
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            print(f"compile not possible here, going on without: {reason}")
-    args.compile = forward is not model
-    print(f"run     on {device.type}, products in {args.dtype}: about "
-          f"{clock(per_step * steps_left)}; Ctrl-C saves and stops", flush=True)
+        # One message: the loss of the whole batch, and whether any rank was asked to stop. All must
+        # stop after the same step, because a rank that continues would wait for the others forever.
+        loss, stopping = all_sum([float(loss), len(signals)]).tolist()
 
-    # ---- 5. The run.
-    def learn_all(step, scaler):
-        learned = learn(step, scaler, forward, mine)
-        return learned | {"loss": add_up(learned["loss"])}
+        # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. A step that
+        # was interrupted by a signal is saved, so that nothing is lost.
+        now = time.perf_counter()
+        done |= {"steps": step + 1, "tokens": done["tokens"] + count, "seconds": now - started}
+        last = step + 1 == args.max_steps
+        evaluating = last or (step + 1) % args.eval_every == 0
+        saving = last or stopping or (step + 1) % args.save_every == 0
+        logging = evaluating or (step + 1) % args.log_every == 0
+        row = {"step": step + 1, "tokens": done["tokens"], "seconds": round(done["seconds"], 3),
+               "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        if step == 0:
+            print(f"step     0  loss {loss:.4f} ({expected})")
+        # In fp16 a few skipped steps are normal, until the scaler has found its factor. Many in a
+        # row mean that the weights have left the region where the loss is finite.
+        if skipped:
+            print(f"step {step + 1}: the gradient is not finite; step skipped, {skipped} in a row")
+        if skipped == 20:
+            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+        if logging:
+            speed = (done["tokens"] - since_tokens) / (now - since)
+            to_come = done["tokens"] / done["steps"] * (args.max_steps - done["steps"])
+            left = timedelta(seconds=round(to_come / speed))
+            print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                  f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
+        # Where a small text is read many times, the held-out loss turns upwards before the end. So
+        # the model with the lowest one is kept beside the last, in OUT/best.
+        better = False
+        if evaluating:
+            model.eval()        # no dropout
+            how = micro_batch, rank, world_size, autocast
+            found = evaluate(model, val_data, T, EVAL_TOKENS, *how)
+            better = found["val_loss"] < done["best"]
+            done["best"] = min(found["val_loss"], done["best"])
+            if last:            # at the end, over all of the held-out text
+                found = evaluate(model, val_data, T, len(val_data), *how)
+            model.train()
+            row |= found
+            print(f"step {step + 1:>5}  held out: {found['val_loss']:.4f} nats per token over "
+                  f"{found['val_tokens']:,} tokens", flush=True)
+            # Bits per byte compares models whatever their tokenizers.
+            if val_notes and "bytes" in val_notes[0]:
+                tokens_per_byte = (len(val_data) - 1) / sum(noted["bytes"] for noted in val_notes)
+                row["val_bpb"] = found["val_loss"] * tokens_per_byte / math.log(2)
+                print(f"            {row['val_bpb']:.4f} bits per byte (gzip needs "
+                      f"{val_notes[0]['gzip_bpb']:.2f})", flush=True)
+        # Every rank takes part in collecting the tensors. Only then may anything fail that happens
+        # on rank 0 alone, or the others would wait in a collective that it never enters.
+        if saving or better:
+            state = full_state(model, optimizers)
+        if rank == 0:
+            try:
+                if logging:
+                    # JSON has no nan or inf, and other programs refuse a file that holds them.
+                    row = {k: value if math.isfinite(value) else None for k, value in row.items()}
+                    metrics.write(json.dumps(row).encode() + b"\n")
+                if better:
+                    model.save_pretrained(out / "best", state["model"], tokenizer)
+                if saving:
+                    # The checkpoint comes last. So once it says that the run is finished, the model
+                    # beside it is the finished one, and all lines of the log are on the disk.
+                    model.save_pretrained(out, state["model"], tokenizer)
+                    os.fsync(metrics.fileno())
+                    done["metrics_bytes"] = metrics.tell()
+                    save_checkpoint(out / "checkpoint.pt", state, script="train.py", done=done,
+                                    args=vars(args), digest=digest,
+                                    scaler=scaler.state_dict())
+            except OSError as error:
+                # A full disk should not end a run of days: somebody may make room in time.
+                print(f"could not write all of {out}, where the last whole checkpoint still "
+                      f"stands: {error}", flush=True)
+                if last or stopping:
+                    return 2
+        if stopping and not last:
+            print(f"stopped after step {step + 1}, which is saved; to continue:\n"
+                  f"    python train.py --resume --out {shlex.quote(str(out))}", flush=True)
+            # The code that a shell reports for a program ended by a signal. Schedulers read it.
+            return 128 + (signals or [signal.SIGTERM])[0]
+        if logging or saving:
+            # Start the clock again, so that tokens/s leaves out evaluating and saving. And drop the
+            # copies of all tensors that were saved: three times the size of the model.
+            state, since, since_tokens = None, time.perf_counter(), done["tokens"]
 
-    def measure(last):
-        loss, count = evaluate(model, val_tokens, T, micro_batch, device, autocast,
-                               args.eval_tokens)
-        row = {"val_loss": loss}
-        if last:
-            row["comparable"] = loss
-            if count < len(val_tokens) - 1:
-                loss, count = evaluate(model, val_tokens, T, micro_batch, device, autocast,
-                                       len(val_tokens))
-            row |= {"val_loss": loss, "val_tokens": count}
-        words = f"{loss:.4f} nats per token"
-        if bits:
-            row["val_bpb"] = loss * bits
-            words += f", {row['val_bpb']:.4f} bits per byte"
-        return row, words + (f", over all {count:,} tokens" if last else "")
-    code = fit(args, out, model, dtype, learn_all, measure, tensors, noted,
-               {"script": "train.py", "data": data},
-               train_files[0].parent if not args.model else Path(args.model))
-    if rank == 0 and code == 0 and (out / "tokenizer.json").exists():
-        run("sample.py", out, "--max_new_tokens", 150)
-        print(f'\nNow you:  python sample.py {shlex.quote(str(out))} --prompt "ROMEO:"')
-    return code
-
+    # ---- 6. What came out of it.
+    if rank == 0:
+        run("sample.py", "--curves", out)
+        if tokenizer:
+            run("sample.py", out, "--max_new_tokens", 150)
+            print(f"\nNow you:  python sample.py {shlex.quote(str(out))} --prompt \"ROMEO:\"")
+    return 0
 
 def main(argv=None) -> int:
-    return exit_code("train.py", train, argv)
-
+    """Errors in what people type or supply become one line. Anything else is a bug, and keeps its
+    traceback."""
+    try:
+        return train(argv)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:       # before the first step, or asked for twice
+        print("interrupted; the last checkpoint, if there is one, is whole", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -25,9 +25,7 @@ counted in what the model says:
     chat/train.jsonl   chat/val.jsonl     a speech, and the reply it got: learn to answer and stop
     prefs/train.jsonl  prefs/val.jsonl    a speech and two replies: prefer "thou" to "you"
 
-Whether it did can be counted, too; this needs the scripts beside the folder, and torch:
-
-    python data/shakespeare.py thou out/sft out/dpo     # 200 replies of each: how many say "thou"?
+Whether it did can be counted, too: finetune.py prints the command at its end.
 
 With no index in reach, the manual that comes with Python goes to data/manual in the same layout,
 less the two sets: nobody in it speaks to anybody.
@@ -316,44 +314,11 @@ def make(data: Path) -> None:
         write(parts, scratch, data / "shakespeare", sets)
 
 
-def count_thou(data: Path, models: list[str], replies: int = 200) -> None:
-    """Let each model reply to held-out speeches, spread over the three plays, at temperature 1;
-    count what it says. The draws are the same in each call."""
-    sys.path.insert(0, str(data.parent))
-    from bpe import encode_chat
-    from gpt import pick_device
-    from sample import end_tokens, open_model
-    with open(data / "shakespeare" / "chat" / "val.jsonl", encoding="utf-8") as file:
-        chats = [json.loads(line)["messages"][:1] for line in file]
-    for name in models:
-        model, tokenizer = open_model(name, pick_device(), None)
-        if any(token not in tokenizer.special_tokens for token in ("<|im_start|>", "<|im_end|>")):
-            print(f"{name}: has no tokens for chats yet")
-            continue
-        ends, said = end_tokens(tokenizer), []
-        prompts = [encode_chat(tokenizer, chats[i * len(chats) // replies], reply=True)[0]
-                   for i in range(replies)]
-        for seed in range(0, replies, 50):          # as many at once, in a draw of their own
-            steps = [step.tolist() for step in model.generate(prompts[seed:seed + 50], 200,
-                                                              stop=ends, seed=seed)]
-            said += [list(row) for row in zip(*steps)]
-        lengths = [next((i for i, token in enumerate(row) if token in ends), None) for row in said]
-        texts = [tokenizer.decode(row[:length]) for row, length in zip(said, lengths)]
-        thou, you = (sum(len(word.findall(text)) for text in texts) for word in (THOU, YOU))
-        ended = [length for length in lengths if length is not None]
-        print(f"{name}: {thou} thou and {you} you in {replies} replies, "
-              f"{thou / max(1, thou + you):.0%} thou; {len(ended) / replies:.0%} end within 200 "
-              f"tokens, after {sum(ended) / max(1, len(ended)):.0f} on average", flush=True)
-
-
 def main(data: Path, arguments=()) -> int:
     try:
-        if not arguments:
-            make(data)
-        elif arguments[0] == "thou" and arguments[1:]:
-            count_thou(data, arguments[1:])
-        else:
-            raise ValueError(f"unknown: {' '.join(arguments)}; give nothing, or thou DIR ...")
+        if arguments:
+            raise ValueError(f"unknown: {' '.join(arguments)}; it takes no arguments")
+        make(data)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
