@@ -1828,7 +1828,8 @@ def speaker_dir(tokenizer, tmp_path_factory) -> Path:
     ends its texts is what separates documents or turns: it does not say."""
     folder = tmp_path_factory.mktemp("speaker")
     tokenizer.save(folder)
-    (folder / "generation_config.json").unlink()
+    for name in "generation_config.json", "tokenizer_config.json":
+        (folder / name).unlink()
     noisy(tiny(vocab_size=1536, block_size=256, n_embd=24)).save_pretrained(folder)
     return folder
 
@@ -1864,9 +1865,9 @@ def spoken(tokenizer, ids) -> str:
     """decode, less the ids that only the model has."""
     return tokenizer.decode(i for i in ids if i < len(tokenizer))
 
-def figures(capsys, *arguments) -> dict:
-    say(*arguments, "--json")
-    return json.loads(capsys.readouterr().out)
+def figures(folder, path, *patterns, count=200, **how) -> dict:
+    speaker = sample.Speaker(folder, torch.device("cpu"), seed=0, max_new_tokens=200, **how)
+    return sample.evaluate(speaker, path, [re.compile(pattern) for pattern in patterns], count)
 
 def cost_by_hand(model, ids, marked) -> float:
     """-ln p of the tokens at the positions `marked`, one at a time, each with all before it."""
@@ -1900,31 +1901,38 @@ def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys)
         said += spoken(tokenizer, prompt + new) + "\n" + "-" * 60 + "\n"
         largest = max(largest, *new)
     assert "\N{REPLACEMENT CHARACTER}" in said and largest >= len(tokenizer)
-    flags = (speaker_dir, "--prompt", "naïve 🙂 中文 ", "--seed", 0, "--num_samples", 8,
-             "--max_new_tokens", 40)
-    say(*flags)
+    say(speaker_dir, "--prompt", "naïve 🙂 中文 ", "--seed", 0, "--num_samples", 8,
+        "--max_new_tokens", 40)
     assert capsys.readouterr().out == said.removesuffix("-" * 60 + "\n")
-    say(*flags, "--json")
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "".join(row["prompt"] + row["text"] + "\n" + "-" * 60 + "\n" for row in rows) == said
-    assert [row["seed"] for row in rows] == list(range(8))
 
-@pytest.mark.parametrize("ends, ended", [
-    (None, True), (1498, True), ([3, 1498], True), (3, False), ([3], False)])
-def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, ends, ended, tmp_path,
+@pytest.mark.parametrize("files, ends", [
+    ({}, {1497, 1498, 1499}), ({"generation_config": {"eos_token_id": 3}, "config": 4}, {3}),
+    ({"generation_config": {"eos_token_id": None}, "config": [3, 1498], "tokenizer_config": {
+        "eos_token": "<|im_end|>"}}, {3, 1498}),
+    ({"generation_config": {}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {1499}),
+    ({"tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, {1497})])
+def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, files, ends, tmp_path,
                                                monkeypatch, capsys):
+    """In the order of transformers: generation_config, config, then the tokenizer's name for it."""
     shutil.copytree(speaker_dir, tmp_path / "model")
-    if ends is not None:
-        (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    assert tokenizer.special_tokens["<|im_start|>"] == 1498
+    for name, entries in files.items():
+        path = tmp_path / f"model/{name}.json"
+        if name == "config":
+            entries = json.loads(path.read_text()) | {"eos_token_id": entries}
+        path.write_text(json.dumps(entries))
+    assert [tokenizer.special_tokens[name] for name in SPECIAL] == [1497, 1498, 1499]
+    assert sample.find_ends(tmp_path / "model", tokenizer.special_tokens) == ends
     scripted(monkeypatch, [[*tokenizer.encode("Yes"), 1498, *tokenizer.encode("no")]])
-    row = figures(capsys, tmp_path / "model", "--prompt", "No or ")
-    assert row["ended"] == ended and row["text"] == ("Yes" if ended else "Yes<|im_start|>no")
-    if isinstance(ends, list):      # a list stays one when a model is trained further and saved
-        GPT.from_pretrained(tmp_path / "model").save_pretrained(
-            tmp_path / "again", tokenizer=tmp_path / "model")
-        kept = json.loads((tmp_path / "again/generation_config.json").read_text())
-        assert kept["eos_token_id"] == ends
+    say(tmp_path / "model", "--prompt", "No or ")
+    out, err = capsys.readouterr()
+    assert out == ("No or Yes\n" if 1498 in ends else "No or Yes<|im_start|>no\n")
+    assert ("ended" in err) == (1498 in ends)
+    # a list stays one when a model is trained further and saved
+    GPT.from_pretrained(tmp_path / "model").save_pretrained(
+        tmp_path / "again", tokenizer=tmp_path / "model")
+    if "generation_config" in files:
+        assert json.loads((tmp_path / "again/generation_config.json").read_text()) == (
+            files["generation_config"])
 
 def test_temperature_0_says_what_transformers_says(speaker_dir, tokenizer, capsys):
     transformers = pytest.importorskip("transformers")
@@ -2028,7 +2036,7 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, ca
     # context 32: position t sees what its window of 32 targets holds before it
     cost = sum(cost_by_hand(model, ids[(t - 1) // 32 * 32:t + 1], [(t - 1) % 32 + 1])
                for t in range(1, n + 1))
-    row = figures(capsys, speaker_dir, "--eval", tmp_path / "text.txt", "--context", 32)
+    row = figures(speaker_dir, tmp_path / "text.txt", context=32)
     assert (row["tokens"], row["bytes"], row["context"]) == (n, len(text.encode()), 32)
     assert row["nats_per_token"][0] == pytest.approx(cost / n, rel=1e-5)
     assert row["perplexity"][0] == pytest.approx(math.exp(cost / n), rel=1e-4)
@@ -2036,7 +2044,7 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, ca
                                                     rel=1e-5)
     assert row["nats_per_token"][1] < row["nats_per_token"][0] < row["nats_per_token"][2]
     np.save(tmp_path / "two.npy", np.array(ids + ids, tokenizer.dtype))
-    row_of_two = figures(capsys, speaker_dir, "--eval", tmp_path / "two.npy")
+    row_of_two = figures(speaker_dir, tmp_path / "two.npy")
     assert (row_of_two["tokens"], row_of_two["bytes"]) == (2 * n + 1, 2 * len(text.encode()))
     digest = hashlib.sha256((speaker_dir / "tokenizer.json").read_bytes()).hexdigest()
     for name, made_with, code in ("text.npy", digest, 0), ("two.npy", digest[::-1], 2):
@@ -2044,8 +2052,10 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, ca
         np.save(tmp_path / name, np.array(ids, tokenizer.dtype))
         say(speaker_dir, "--eval", tmp_path / name, code=code)
     assert "another tokenizer" in capsys.readouterr().err
-    assert figures(capsys, speaker_dir, "--eval", tmp_path / "text.npy", "--context", 32) == row | {
-        "file": str(tmp_path / "text.npy")}
+    assert figures(speaker_dir, tmp_path / "text.npy", context=32) == row
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    say(speaker_dir, "--eval", tmp_path / "latin.txt", code=2)
+    assert "latin.txt" in capsys.readouterr().err
 
 def test_eval_of_choices_and_preferences_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path,
                                                                capsys):
@@ -2068,7 +2078,9 @@ def test_eval_of_choices_and_preferences_is_a_sum_done_by_hand(speaker_dir, toke
         acc += min(costs) == costs[row["answer"]]
         norms = [cost / len(choice) for cost, choice in zip(costs, row["choices"])]
         acc_norm += min(norms) == norms[row["answer"]]
-    found = figures(capsys, speaker_dir, "--eval", write_lines(tmp_path / "a.jsonl", rows))
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())         # a byte order mark is skipped
+    found = figures(speaker_dir, path)
     assert acc != acc_norm
     assert [found["acc"][0], found["acc_norm"][0]] == pytest.approx([acc / 30, acc_norm / 30])
 
@@ -2086,8 +2098,8 @@ def test_eval_of_choices_and_preferences_is_a_sum_done_by_hand(speaker_dir, toke
         replies = [" " + answer if i % 2 else [{"role": "assistant", "content": answer}]
                    for answer in answers]
         pairs.append({"prompt": prompt if i % 2 else [{"role": "user", "content": prompt}],
-                      "chosen": replies[0], "rejected": replies[1]})
-    found = figures(capsys, speaker_dir, "--eval", write_lines(tmp_path / "b.jsonl", pairs))
+                      "chosen": replies[0], "rejected": replies[1], "messages": []})
+    found = figures(speaker_dir, write_lines(tmp_path / "b.jsonl", pairs))
     assert found["acc"][0] == pytest.approx(right / 20) and 0 < right < 20
     (tmp_path / "twin").symlink_to(speaker_dir)
     say(speaker_dir, tmp_path / "twin", "--eval", tmp_path / "b.jsonl")
@@ -2097,11 +2109,11 @@ def test_eval_of_choices_and_preferences_is_a_sum_done_by_hand(speaker_dir, toke
 
 def test_a_token_across_the_seam_costs_that_row_its_exactness_only(speaker_dir, tokenizer):
     """One token for both sides of the seam: then it is the text's, as nothing else is left."""
-    speaker = sample.Speaker(speaker_dir, torch.device("cpu"), None, None)
+    speaker = sample.Speaker(speaker_dir, torch.device("cpu"))
     whole = max((token for token in tokenizer.vocab[256:1490] if token.isascii()), key=len).decode()
     assert len(tokenizer.encode(whole)) == 1
-    ids, mask = speaker.encode_pair(whole[:-1], whole[-1])
-    assert ids == [*speaker.begin, *tokenizer.encode(whole)] and mask.tolist() == [False, True]
+    ids, mask = sample.encode_pair(speaker, whole[:-1], whole[-1])
+    assert ids == [*speaker.begin, *tokenizer.encode(whole)] and mask == [0, 1]
 
 def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, tokenizer, tmp_path,
                                                                  monkeypatch, capsys):
@@ -2110,7 +2122,7 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
     asked = scripted(monkeypatch, [[*tokenizer.encode(said), end, 20] for said in (
         " 4\nQ: 3+3", "a\nb ", "Yes.\nWhy", "4!")])
     sure = [{"role": "user", "content": "Sure?"}]
-    found = figures(capsys, speaker_dir, "--eval", write_lines(tmp_path / "a.jsonl", [
+    found = figures(speaker_dir, write_lines(tmp_path / "a.jsonl", [
         {"prompt": "Q: 2+2", "answer": "4"}, {"prompt": "ab", "answer": "a\nb"},
         {"prompt": sure, "answer": "Yes."}, {"prompt": "Q: 2+2", "answer": "4"}]))
     assert found["exact"][0] == 2 / 4         # in a chat all counts, so "Yes.\nWhy" is not "Yes."
@@ -2120,8 +2132,7 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
     chats = write_lines(tmp_path / "b.jsonl", [chat(f"speech {i}", "reply") for i in range(8)])
     asked = scripted(monkeypatch, [tokenizer.encode(said, "all") for said in (
         "Thou art a thousand.<|im_end|>you", "Thy youth, and YOU!<|im_end|>", "your thee", "nay")])
-    found = figures(capsys, speaker_dir, "--eval", chats, "--num_samples", 4, "--count",
-                    "(?i)thou|thy|thee", "(?i)you|your")
+    found = figures(speaker_dir, chats, "(?i)thou|thy|thee", "(?i)you|your", count=4)
     # by hand: 4 + 4 + 2 + 1 words, of which thou, Thy, thee; YOU, your. "thousand" is none, nor is
     # what follows an end. Of four replies two end.
     assert [found[name][0] for name in ("ended", "words")] == [0.5, 11 / 4]
@@ -2130,7 +2141,8 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
     assert [f"speech {i}" in tokenizer.decode(prompt) for i, prompt in zip((0, 2, 4, 6), asked)] == (
         [True] * 4)
     monkeypatch.undo()
-    found = figures(capsys, speaker_dir, "--eval", chats)
+    say(speaker_dir, "--eval", chats, "--count", "(thou", code=2)      # no regular expression
+    found = figures(speaker_dir, chats)
     model, total, count = GPT.from_pretrained(speaker_dir), 0, 0
     for row in read_lines(chats):
         ids, mask = bpe.encode_chat(tokenizer, row["messages"])
@@ -2140,37 +2152,36 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
     right = np.arange(400) % 4 == 0
-    mean, low, high = sample.interval(right)
+    mean, low, high = sample.interval(right, right * 0 + 1)
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
     # each end is a quantile of 1000 draws: it is off by some 5% of the half-width
     assert mean == 0.25 and low == pytest.approx(0.25 - half, abs=0.2 * half)
     assert high == pytest.approx(0.25 + half, abs=0.2 * half)
     assert sample.interval([2, 4], [1, 2]) == [2, 2, 2]     # equal ratios: nothing to vary
-    assert sample.interval(np.sqrt(range(50))) == sample.interval(np.sqrt(range(50)))       # seeded
+    roots, ones = np.sqrt(range(50)), np.ones(50)
+    assert sample.interval(roots, ones) == sample.interval(roots, ones)         # seeded
 
 def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, tokenizer, capsys):
     text = "To be 🙂, or"
-    say(speaker_dir, "--explain", text, "--json")
-    positions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    positions = sample.explain(sample.Speaker(speaker_dir, torch.device("cpu")), text)
     ids = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text)]
     model = GPT.from_pretrained(speaker_dir)
-    spelled = [entry.get("token") for entry in positions]
+    spelled, costs, likeliest, layers = zip(*positions)
     assert len(positions) == len(ids) + 1 and spelled[0] == "<|endoftext|>" and spelled[-1] is None
     for depth in 1, 2:                  # a model of the first layers alone
         short = copy.deepcopy(model)
         short.model.layers = short.model.layers[:depth]
         logits = short(torch.tensor([ids]))[0].detach()
-        for t, entry in enumerate(positions[1:]):
+        for t, guesses in enumerate(layers[1:]):
             best = logits[t].argmax().item()
             name = f"[{best}]" if best >= len(tokenizer) else tokenizer.vocab[best].decode(
                 errors="backslashreplace")
-            assert entry["layers"][depth - 1] == name
-    for t, entry in enumerate(positions[1:-1], 1):
-        assert entry["nats"] == pytest.approx(cost_by_hand(model, ids, [t]), rel=1e-4, abs=1e-4)
-        probabilities = [p for _, p in entry["likeliest"]]
-        assert probabilities == pytest.approx(
+            assert guesses[depth - 1] == name
+    for t in range(1, len(ids)):
+        assert costs[t] == pytest.approx(cost_by_hand(model, ids, [t]), rel=1e-4, abs=1e-4)
+        assert [p for _, p in likeliest[t]] == pytest.approx(
             logits[t - 1].softmax(0).sort(descending=True).values[:3].tolist(), rel=1e-4)
-        assert entry["layers"][-1] == entry["likeliest"][0][0]
+        assert layers[t][-1] == likeliest[t][0][0]
     say(speaker_dir, "--explain", text)
     assert capsys.readouterr().out.count("\n") == len(positions) + 1
 
