@@ -54,10 +54,9 @@ from gpt import DTYPES, GPT, KVCache, insist, pick_device, quantize, read_json, 
 # ---------------------------------------------------------------- a model with its tokenizer
 
 class Speaker:
-    """A model with its tokenizer, and how it is to speak: keyword arguments of generate()."""
-
+    """A model with its tokenizer, and how it is to speak (sampling: arguments of generate()).
+    Raises ValueError or OSError, one line, if the directory can't be used."""
     def __init__(self, directory: Path, device, dtype=None, context=None, seed=None, **sampling):
-        """Raises ValueError or OSError, one line, if the directory can't be used."""
         self.seed, self.sampling = seed, sampling
         self.model = GPT.from_pretrained(directory, device, DTYPES.get(dtype))
         if self.model.lm_head.weight.dtype == torch.float16 and device.type == "cpu":
@@ -188,8 +187,8 @@ def chat(speaker: Speaker, system: str):
     drawn, because its text, encoded again, could give others.
     """
     encode, context = partial(encode_chat, speaker.tokenizer), speaker.context
-    insist(set(CHAT_TOKENS) <= speaker.tokenizer.special_tokens.keys(), "this model can't chat: its "
-           f"tokenizer lacks {' or '.join(CHAT_TOKENS)} (python finetune.py sft teaches their use)")
+    insist(set(CHAT_TOKENS) <= speaker.tokenizer.special_tokens.keys(), "this model can't chat: its"
+           f" tokenizer lacks {' or '.join(CHAT_TOKENS)}, which python finetune.py sft teaches")
     messages = first = [{"role": "system", "content": system}] if system else []
     head, opening = encode(first)[0], encode([], reply=True)[0]
     closing = encode([{"role": "assistant", "content": ""}])[0][len(opening):]
@@ -204,7 +203,7 @@ def chat(speaker: Speaker, system: str):
         prompt, forgotten = head + sum(kept, []), len(turns) + 1 - len(kept)
         if text.strip() == "/reset":
             messages, turns = first, []
-        elif text.startswith("/save"):      # a line of the JSONL that bpe.py encodes for finetune.py
+        elif text.startswith("/save"):      # as a line of the .jsonl that finetune.py learns from
             line = json.dumps({"messages": messages}, ensure_ascii=False)
             try:
                 Path(text[5:].strip()).write_text(line + "\n", "utf-8")
@@ -243,7 +242,6 @@ def nll(speaker: Speaker, ids, mask) -> float:
 
 def interval(values, weights) -> list[float]:
     """sum(values) / sum(weights), a mean if all weights are 1, and the ends of its 95% interval.
-
     The bootstrap (Efron 1979, doi.org/10.1214/aos/1176344552): draw as many rows as there are, with
     replacement, a thousand times; the interval holds the middle 95% of the results. It says what
     other rows of the same kind could have given, and nothing about other kinds.
@@ -253,48 +251,43 @@ def interval(values, weights) -> list[float]:
     results = [values[rows].sum() / max(1, weights[rows].sum()) for rows in drawn]
     return [values.sum() / max(1, weights.sum()), *np.quantile(results, (0.025, 0.975)).tolist()]
 
-def read_text(speaker: Speaker, path: Path):
-    """A .txt, or the .npy that bpe.py encode made of one -> ids, a divider first, and their bytes"""
-    if path.suffix == ".txt":
-        text = path.read_bytes()
-        return speaker.begin + speaker.tokenizer.encode(text.decode()), len(text)
-    ids, note = np.load(path, mmap_mode="r"), Path(f"{path}.json")
-    insist(ids.ndim == 1 and ids.dtype.kind in "iu", "it is not a row of token ids")
-    digest = hashlib.sha256((speaker.directory / "tokenizer.json").read_bytes()).hexdigest()
-    insist(not note.exists() or read_json(note).get("tokenizer") == digest,
-           f"it was encoded with another tokenizer than {speaker.directory}'s")
-    dividers = np.isin(ids, list(speaker.tokenizer.special_tokens.values()))
-    return ids, len(speaker.tokenizer.decode_bytes(ids[~dividers].tolist()))
-
 def measure_text(speaker: Speaker, path: Path) -> dict:
-    """Each token but the first is predicted once. As in the harness, the text is cut into windows
-    side by side, so the first tokens of a window see little before them.
+    """Each token is predicted once, but not the first, a divider. As in the harness, the text is
+    cut into windows side by side, so the first tokens of a window see little before them.
 
     Bits per byte are all the nats / ln 2 / the number of UTF-8 bytes of the text: how many bits for
     each byte a perfect compressor would need that uses the model. Nats per token can't compare
     models with different tokenizers, since a longer token costs more. Bytes are the same for all.
     """
-    ids, size = read_text(speaker, path)
-    count, context = len(ids) - 1, speaker.context
-    insist(count > 0, "there is nothing to predict")
+    tokenizer, context, note = speaker.tokenizer, speaker.context, Path(f"{path}.json")
+    if path.suffix == ".txt":
+        text = path.read_bytes()
+        ids, size = speaker.begin + tokenizer.encode(text.decode()), len(text)
+    else:
+        ids = np.load(path, mmap_mode="r")
+        insist(ids.ndim == 1 and ids.dtype.kind in "iu", "it is not a row of token ids")
+        digest = hashlib.sha256((speaker.directory / "tokenizer.json").read_bytes()).hexdigest()
+        insist(not note.exists() or read_json(note).get("tokenizer") == digest,
+               f"it was encoded with another tokenizer than {speaker.directory}'s")
+        dividers = np.isin(ids, list(tokenizer.special_tokens.values()))
+        size = len(tokenizer.decode_bytes(ids[~dividers].tolist()))
     # The tokens of a window depend on each other, so the bootstrap draws windows.
-    windows = [ids[i:i + context + 1] for i in range(0, count, context)]
+    windows = [ids[i:i + context + 1] for i in range(0, len(ids) - 1, context)]
+    insist(windows, "there is nothing to predict")
     costs = [nll(speaker, window, np.arange(len(window))) for window in progress(windows)]
     mean = np.array(interval(costs, [len(window) - 1 for window in windows]))
-    return {"tokens": count, "bytes": size, "context": context, "nats_per_token": mean.tolist(),
-            "perplexity": np.exp(mean).tolist(),
-            "bits_per_byte": (mean * count / max(1, size) / math.log(2)).tolist()}
+    bits = mean * (len(ids) - 1) / max(1, size) / math.log(2)
+    return {"tokens": len(ids) - 1, "bytes": size, "context": context, "nats_per_token":
+            mean.tolist(), "perplexity": np.exp(mean).tolist(), "bits_per_byte": bits.tolist()}
 
 # Each of the next four measures a row of a .jsonl. It returns {figure: (value, weight)}; the figure
 # of the file is the sum of the values divided by the sum of the weights.
 
 def encode_pair(speaker: Speaker, context: str, text: str):
-    """-> ids of context and text, and a mask that marks those of the text.
-
-    As in the harness: white space between the two belongs to the text, because tokens begin with
-    it; and the ids of both together are cut after as many as the context alone has. Where one token
-    crosses the seam, this is only nearly right: if nothing is left of the text, the last token is.
-    """
+    """-> ids of context and text, and a mask that marks those of the text. As in the harness, white
+    space between the two belongs to the text, because tokens begin with it; and the ids of both
+    together are cut after as many as the context alone has. Where one token crosses the seam, this
+    is only nearly right: if nothing is left of the text, the last token counts as the text."""
     ids = speaker.tokenizer.encode(context + text)
     cut = min(len(speaker.tokenizer.encode(context.rstrip())), len(ids) - 1)
     if cut <= 0:
@@ -341,8 +334,8 @@ def measure_answer(speaker: Speaker, prompt, wanted: str) -> dict:
     return {"exact": (said.strip() == wanted.strip(), 1)}
 
 def measure_chat(speaker: Speaker, messages, patterns, number: int) -> dict:
-    """What the assistant's turns cost. With patterns, let the model reply in place of the last turn:
-    does it end by itself, how many words does it say, and how many of them match?"""
+    """What the assistant's turns cost. Or, with patterns, let the model reply in place of the last
+    turn: does it end by itself, how many words does it say, and how many of them match?"""
     [(messages, first)] = conversations({"messages": messages})
     if not patterns:
         ids, mask = encode_chat(speaker.tokenizer, messages, first)
@@ -459,9 +452,8 @@ def draw_curves(folders: list[Path], by: str) -> Path:
         factors = [row["val_bpb"] / row["val_loss"] for row in rows if row.get("val_bpb")]
         units.add("bits per byte" if factors else "nats per token")
         for name, key in ("training", "loss"), ("held out", "val_loss"):
-            curve = [(row[by], row[key] * [*factors, 1][0]) for row in rows if row.get(key)]
-            if curve:
-                curves[folder, name] = curve
+            points = [(row[by], row[key] * [*factors, 1][0]) for row in rows if row.get(key)]
+            curves |= {(folder, name): points} if points else {}
     insist(curves, f"{folders[0] / 'metrics.jsonl'} has no losses yet")
     insist(len(units) == 1, "some of these runs know their bits per byte and some do not")
     xs, ys = zip(*sum(curves.values(), []))
@@ -478,10 +470,10 @@ def draw_curves(folders: list[Path], by: str) -> Path:
                   f'<text x="54" y="{py + 4}">{y:.2f}</text><text x="{px}" y="338">{x:,.0f}</text>']
     for i, ((folder, name), curve) in enumerate(curves.items()):
         line = " ".join("{},{}".format(*place(x, y)) for x, y in curve)
-        colour, width = f"hsl({210 + 137 * folders.index(folder)} 60% 50%)", 1 + (name != "training")
+        hue, width = 210 + 137 * folders.index(folder), 1 if name == "training" else 2
         title = f"{folder}: {name} {curve[-1][1]:.3f}".replace("&", "&amp;").replace("<", "&lt;")
-        parts += [f'<polyline points="{line}" stroke="{colour}" stroke-width="{width}"/>',
-                  f'<text x="574" y="{36 + 18 * i}" style="fill:{colour}">{title}</text>']
+        parts += [f'<g color="hsl({hue} 60% 50%)"><text x="574" y="{36 + 18 * i}">{title}</text>',
+                  f'<polyline points="{line}" stroke="currentColor" stroke-width="{width}"/></g>']
     with write_whole(folders[0] / "curves.svg") as file:
         file.write("\n".join([*parts, "</svg>"]).encode())
     return folders[0] / "curves.svg"
@@ -509,14 +501,13 @@ def run(argv=None):
     mode("--explain", metavar="TEXT", help="show what each token cost and what was expected")
     mode("--curves", action="store_true", help="draw the losses of runs to DIR/curves.svg")
     add("--system", default="", metavar="TEXT", help="--chat: who the model is to be")
-    add("--count", nargs="+", metavar="REGEX", type=re.compile, help="--eval: words to find in chats")
+    add("--count", nargs="+", metavar="REGEX", type=re.compile, help="--eval: words to count")
     add("--num_samples", type=int, metavar="N", help="continuations, or replies [1; --count: 200]")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="of each [%(default)s]")
     add("--temperature", type=float, default=0.8, help="0: likeliest; 2: nonsense [%(default)s]")
     add("--top_k", type=int, help="draw among this many likeliest; lower is safer [all]")
     add("--top_p", type=float, default=1.0, help="among this share of probability; lower is safer")
-    add("--min_p", type=float, default=0.0, help="among those at least so many times as likely as the "
-        "likeliest; higher is safer")
+    add("--min_p", type=float, default=0.0, help="among those this likely, times the likeliest")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text [a new one]")
     add("--context", type=int, metavar="N", help="tokens seen at once [as in training, up to 8192]")
     add("--by", choices=("step", "seconds"), default="step", help="--curves: axis [%(default)s]")
