@@ -1866,6 +1866,8 @@ def figures(folder, path, *patterns, count=200, **how) -> dict:
     speaker = sample.Speaker(folder, torch.device("cpu"), seed=0, max_new_tokens=200, **how)
     return sample.evaluate(speaker, path, [re.compile(pattern) for pattern in patterns], count)
 
+PARTS = [word for word in map(str.strip, words(200, "abcdeé 🙂", 30, 1)) if word]
+
 def cost_by_hand(model, ids, marked) -> float:
     """-ln p of the tokens at the positions `marked`, one at a time, each with all before it."""
     ids = torch.tensor([ids])
@@ -1873,16 +1875,14 @@ def cost_by_hand(model, ids, marked) -> float:
         return sum(-F.log_softmax(model(ids[:, :t])[0, -1], dim=0)[ids[0, t]].item()
                    for t in marked)
 
-def test_the_text_goes_to_stdout_and_the_same_seed_gives_the_same(reference_run, capsys):
-    folder, texts = reference_run[0], []
+def test_the_same_seed_gives_the_same_and_only_text_goes_to_stdout(reference_run, capsys):
+    texts = []
     for seed in "0", "0", "1":
-        say(folder, "--prompt", "A list is ", "--seed", seed, "--max_new_tokens", 30)
+        say(reference_run[0], "--prompt", "many words " * 50, "--seed", seed)
         out, err = capsys.readouterr()
-        assert out.startswith("A list is ") and "tokens/s" in err
+        assert out.startswith("many words ") and "tokens/s" in err and "sees the last 16" in err
         texts.append(out)
     assert texts[0] == texts[1] != texts[2]
-    say(folder, "--prompt", "many words " * 50, "--max_new_tokens", 3)
-    assert "sees the last 16" in capsys.readouterr().err
 
 def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys):
     """Byte for byte, with halves of characters, and ids that the tokenizer doesn't know."""
@@ -1904,6 +1904,7 @@ def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys)
     ({"generation_config": {"eos_token_id": None}, "config": [3, 1498], "tokenizer_config": {
         "eos_token": "<|im_end|>"}}, {3, 1498}),
     ({"generation_config": {}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {1499}),
+    ({"generation_config": {"eos_token_id": [3, 1498]}}, {3, 1498}),
     ({"tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, {1497})])
 def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, files, ends, tmp_path,
                                                monkeypatch, capsys):
@@ -1919,19 +1920,16 @@ def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, files, en
     out, err = capsys.readouterr()
     assert out == ("No or Yes\n" if 1498 in ends else "No or Yes<|im_start|>no\n")
     assert ("ended" in err) == (1498 in ends) and tokenizer.special_tokens["<|im_start|>"] == 1498
-
-def test_a_list_of_ends_stays_one_when_a_model_is_saved_again(speaker_dir, tmp_path):
-    shutil.copytree(speaker_dir, tmp_path / "model")
-    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [3, 1498]}')
-    GPT.from_pretrained(tmp_path / "model").save_pretrained(
-        tmp_path / "again", tokenizer=tmp_path / "model")
-    assert sample.find_ends(tmp_path / "again", {}) == {3, 1498}
+    if "config" not in files:           # saved again, it ends as before: a list stays a list
+        model = GPT.from_pretrained(tmp_path / "model")
+        model.save_pretrained(tmp_path, tokenizer=tmp_path / "model")
+        assert sample.find_ends(tmp_path, tokenizer.special_tokens) == ends
 
 def test_a_prompt_comes_from_the_flag_a_file_or_standard_input(speaker_dir, tmp_path, monkeypatch,
                                                                capsys):
-    (tmp_path / "prompt.txt").write_text("From afar 🙂", encoding="utf-8")
+    (tmp_path / "file").write_text("From afar 🙂", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO("From afar 🙂"))
-    for prompt in "From afar 🙂", f"@{tmp_path / 'prompt.txt'}", "-":
+    for prompt in "From afar 🙂", f"@{tmp_path / 'file'}", "-":
         say(speaker_dir, "--prompt", prompt, "--seed", 5, "--max_new_tokens", 10, "--dtype", "int8")
     outs = capsys.readouterr().out.split("From afar 🙂")
     assert outs[1] == outs[2] == outs[3] != "\n" and not outs[0]
@@ -1948,17 +1946,16 @@ def test_a_turn_computes_only_what_is_new_and_says_the_same(speaker_dir, tokeniz
     # known of the second prompt: the first one, and the answer but for its last token
     known = widths[first] + (second - first - 1)
     assert widths[first] == len(prompts[0]) and widths[second] == len(prompts[1]) - known
-    assert spoken(tokenizer, prompts[1][:known]).startswith(
-        "<|im_start|>system\nA guard.<|im_end|>\n<|im_start|>user\nWho's there?<|im_end|>\n"
-        "<|im_start|>assistant\n")
-    assert spoken(tokenizer, prompts[1]).endswith(
-        "<|im_end|>\n<|im_start|>user\nNay, answer me 🙂<|im_end|>\n<|im_start|>assistant\n")
-    model, answers = GPT.from_pretrained(speaker_dir), ""
+    answers, model = [], GPT.from_pretrained(speaker_dir)
     ends = [tokenizer.special_tokens[name] for name in SPECIAL]
     for prompt in prompts[:2]:                              # without a cache, from the beginning
         new = [step.item() for step in model.generate([prompt], 12, temperature=0, stop=ends)]
-        answers += spoken(tokenizer, [i for i in new if i not in ends]) + "\n"
-    assert said.out == answers
+        answers.append(spoken(tokenizer, [i for i in new if i not in ends]))
+    assert said.out == "\n".join([*answers, ""])
+    assert spoken(tokenizer, prompts[1]) == (
+        "<|im_start|>system\nA guard.<|im_end|>\n<|im_start|>user\nWho's there?<|im_end|>\n"
+        f"<|im_start|>assistant\n{answers[0]}<|im_end|>\n<|im_start|>user\nNay, answer me 🙂"
+        "<|im_end|>\n<|im_start|>assistant\n")
 
 def test_words_of_a_user_never_become_a_turn(speaker_dir, tokenizer, monkeypatch, capsys):
     prompts = listen(monkeypatch)
@@ -2024,12 +2021,10 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, ca
         assert problem in capsys.readouterr().err
 
 def test_eval_of_choices_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path):
-    rng, model = random.Random(1), GPT.from_pretrained(speaker_dir)
-    parts = [word for word in map(str.strip, words(200, "abcdeé 🙂", 30, 1)) if word]
-    rows, hits = [], np.zeros(2)
+    rng, model, rows, hits = random.Random(1), GPT.from_pretrained(speaker_dir), [], np.zeros(2)
     for _ in range(30):
         row = {"context": rng.choice(["", "what is", "x\n", "so: "]), "answer": rng.randrange(3),
-               "choices": rng.sample(parts, 3)}
+               "choices": rng.sample(PARTS, 3)}
         costs = []
         for choice in row["choices"]:
             gap = "" if row["context"] in ("x\n", "so: ") else " "
@@ -2049,17 +2044,16 @@ def test_eval_of_choices_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path)
 
 def test_eval_of_preferences_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
     rng, model, right, pairs = random.Random(1), GPT.from_pretrained(speaker_dir), 0, []
-    parts = [word for word in map(str.strip, words(200, "abcdeé 🙂", 30, 1)) if word]
     for as_chat in [False, True] * 10:
-        prompt, *answers = rng.sample(parts, 3)
-        row = chat(prompt, *answers) | {"messages": []}     # some sets have that, too: no chat
-        before, ends = tokenizer.encode(prompt), [tokenizer.encode(" " + text) for text in answers]
+        prompt, *answers = rng.sample(PARTS, 3)
         if as_chat:
-            before = tokenizer.encode(
-                f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", "all")
-            ends = [tokenizer.encode(text + "<|im_end|>", "all") for text in answers]
+            row = chat(prompt, *answers) | {"messages": []}     # some sets have that, too: no chat
+            before = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+            answers = [text + "<|im_end|>" for text in answers]
         else:
-            row = dict(prompt=prompt, chosen=" " + answers[0], rejected=" " + answers[1])
+            before, answers = prompt, [" " + text for text in answers]
+            row = dict(prompt=prompt, chosen=answers[0], rejected=answers[1])
+        before, *ends = [tokenizer.encode(text, "all") for text in (before, *answers)]
         costs = [cost_by_hand(model, before + end, range(len(before), len(before + end)))
                  for end in ends]
         right += costs[0] < costs[1]
@@ -2102,29 +2096,25 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
     # what follows an end. Of four replies two end.
     assert [found[name][0] for name in ("ended", "words")] == [0.5, 11 / 4]
     assert [found[f"{regex} in words"][0] for regex in patterns] == pytest.approx([3 / 11, 2 / 11])
-    for i, prompt in zip((0, 2, 4, 6), asked):
-        assert f"speech {i}" in tokenizer.decode(prompt)
+    assert all(f"speech {2 * i}" in tokenizer.decode(prompt) for i, prompt in enumerate(asked))
     say(speaker_dir, "--eval", chats, "--count", "(thou", code=2)      # no regular expression
 
 def test_eval_of_chats_counts_what_the_assistant_says(speaker_dir, tokenizer, tmp_path):
     rows = [chat(f"speech {i}", "reply " * i + ".") for i in range(8)]
     found = figures(speaker_dir, write_lines(tmp_path / "chats.jsonl", rows))
-    model, total, count = GPT.from_pretrained(speaker_dir), 0, 0
-    for row in rows:
-        ids, mask = bpe.encode_chat(tokenizer, row["messages"])
-        total += cost_by_hand(model, ids, [t for t, m in enumerate(mask) if m])
-        count += sum(mask)
-    assert found["nats_per_token"][0] == pytest.approx(total / count, rel=1e-5)
+    model, chats = GPT.from_pretrained(speaker_dir), [
+        bpe.encode_chat(tokenizer, row["messages"]) for row in rows]
+    total = sum(cost_by_hand(model, ids, np.flatnonzero(mask)) for ids, mask in chats)
+    assert found["nats_per_token"][0] == pytest.approx(
+        total / sum(sum(mask) for _, mask in chats), rel=1e-5)
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
-    right, ones = np.arange(400) % 4 == 0, np.ones(400)
-    mean, low, high = sample.interval(right, ones)
+    found = sample.interval(np.arange(400) % 4 == 0, np.ones(400))
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
     # each end is a quantile of 1000 draws: it is off by some 5% of the half-width
-    assert mean == 0.25 and low == pytest.approx(0.25 - half, abs=0.2 * half)
-    assert high == pytest.approx(0.25 + half, abs=0.2 * half)
+    assert found == pytest.approx([0.25, 0.25 - half, 0.25 + half], abs=0.2 * half)
     assert sample.interval([2, 4], [1, 2]) == [2, 2, 2]     # equal ratios: nothing to vary
-    assert sample.interval(right, ones) == [mean, low, high]            # seeded
+    assert sample.interval(np.arange(400) % 4 == 0, np.ones(400)) == found          # seeded
 
 def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, tokenizer, capsys):
     text, model = "To be 🙂, or", GPT.from_pretrained(speaker_dir)
@@ -2153,16 +2143,15 @@ def test_curves_show_the_losses_of_several_runs_on_one_scale(reference_run, tmp_
         (tmp_path / name).mkdir()
         shutil.copy(reference_run[0] / "metrics.jsonl", tmp_path / name)
     say("--curves", tmp_path / "a", tmp_path / "b & c", "--by", "seconds")
-    content = (tmp_path / "a/curves.svg").read_text()
-    assert capsys.readouterr().out == f"{tmp_path / 'a/curves.svg'}\n"
-    assert "prefers-color-scheme" in content and content.count("<polyline") == 4
-    assert "bits per byte" in content and "seconds" in content
+    content = Path(capsys.readouterr().out.strip()).read_text()
     xml.dom.minidom.parseString(content)
     last = read_lines(reference_run[0] / "metrics.jsonl")[-1]
-    assert f"held out {last['val_bpb']:.3f}" in content
+    for part in ("prefers-color-scheme", "bits per byte", "seconds",
+                 f"held out {last['val_bpb']:.3f}"):
+        assert part in content
     # the last point of each curve is right of all others
     ends = [line.split()[-1].split(",") for line in re.findall('points="([^"]*)"', content)]
-    assert {x for x, _ in ends} == {"580.0"}
+    assert len(ends) == 4 and {x for x, _ in ends} == {"580.0"}
 
 # ---------------------------------------------------------------- data/shakespeare.py
 
