@@ -103,9 +103,8 @@ def speak(speaker: Speaker, prompt: list[int], number: int, cache=None, show=Fal
           one_line=False, **changes) -> tuple[list[int], str, str]:
     """Let the model continue a prompt. -> ids and text, without the token that ended them, and why
     it stopped: "ended", "cut", or "stopped" by Ctrl-C (if shown; else it is raised as usual).
-    number: of this answer, because each has a seed of its own. cache: what it holds of the prompt
-    is not computed again. show: print text as it is drawn, then the speed. one_line: stop after it.
-    """
+    number: of this answer; each has a seed of its own. cache: what it holds of the prompt is not
+    computed again. show: print text as it is drawn, then the speed. one_line: stop after a line."""
     sampling = speaker.sampling | changes
     size = min(speaker.context, len(prompt) + sampling["max_new_tokens"])
     cache = cache or KVCache(speaker.model, 1, size)
@@ -215,7 +214,8 @@ def chat(speaker: Speaker, system: str):
             if forgotten:
                 remark(f"(the oldest {forgotten} turns no longer fit and are forgotten)")
             room = min(speaker.sampling["max_new_tokens"], context - len(prompt))
-            ids, answer, _ = speak(speaker, prompt, len(messages), cache, True, max_new_tokens=room)
+            ids, answer, _ = speak(speaker, prompt, len(messages), cache, show=True,
+                                   max_new_tokens=room)
             turns = [*kept, ids + closing]
             messages = [*messages, *said, {"role": "assistant", "content": answer}]
 
@@ -244,8 +244,7 @@ def interval(values, weights) -> list[float]:
     """sum(values) / sum(weights), a mean if all weights are 1, and the ends of its 95% interval.
     The bootstrap (Efron 1979, doi.org/10.1214/aos/1176344552): draw as many rows as there are, with
     replacement, a thousand times; the interval holds the middle 95% of the results. It says what
-    other rows of the same kind could have given, and nothing about other kinds.
-    """
+    other rows of the same kind could have given, and nothing about other kinds."""
     values, weights = np.asarray(values, float), np.asarray(weights, float)
     drawn = np.random.RandomState(0).randint(len(values), size=(1000, len(values)))
     results = [values[rows].sum() / max(1, weights[rows].sum()) for rows in drawn]
@@ -280,9 +279,6 @@ def measure_text(speaker: Speaker, path: Path) -> dict:
     return {"tokens": len(ids) - 1, "bytes": size, "context": context, "nats_per_token":
             mean.tolist(), "perplexity": np.exp(mean).tolist(), "bits_per_byte": bits.tolist()}
 
-# Each of the next four measures a row of a .jsonl. It returns {figure: (value, weight)}; the figure
-# of the file is the sum of the values divided by the sum of the weights.
-
 def encode_pair(speaker: Speaker, context: str, text: str):
     """-> ids of context and text, and a mask that marks those of the text. As in the harness, white
     space between the two belongs to the text, because tokens begin with it; and the ids of both
@@ -294,6 +290,9 @@ def encode_pair(speaker: Speaker, context: str, text: str):
         ids, cut = speaker.begin + ids, len(speaker.begin)
     insist(0 < cut < len(ids), "there is no text, or no token to begin it with")
     return ids, [0] * cut + [1] * (len(ids) - cut)
+
+# The next four functions measure a row of a .jsonl each. They return {figure: (value, weight)}. The
+# figure of the file is the sum of the values divided by the sum of the weights.
 
 def measure_choices(speaker: Speaker, context: str, choices: list[str], right: int) -> dict:
     """acc: is the right choice the likeliest? That favours short ones, since each token makes a
@@ -370,7 +369,8 @@ def evaluate(speaker: Speaker, path: Path, patterns, count: int) -> dict:
             kinds = [keys for keys in KINDS if set(keys) <= row.keys()]
             # Some preferences repeat the chosen reply as "messages".
             kinds = [keys for keys in kinds if "chosen" in keys] or kinds
-            insist(len(kinds) == 1, f"its keys must be {' or '.join(map(', '.join, KINDS))}")
+            insist(len(kinds) == 1, f"it has {', '.join(row)}; it must have just one kind of keys: "
+                   f"{' or '.join(map(', '.join, KINDS))}")
             more = [patterns, len(rows)] if "messages" in kinds[0] else []
             rows.append(KINDS[kinds[0]](speaker, *map(row.get, kinds[0]), *more))
             insist(rows[-1].keys() == rows[0].keys(), "it is of another kind than those before it")
@@ -501,13 +501,17 @@ def run(argv=None):
     mode("--explain", metavar="TEXT", help="show what each token cost and what was expected")
     mode("--curves", action="store_true", help="draw the losses of runs to DIR/curves.svg")
     add("--system", default="", metavar="TEXT", help="--chat: who the model is to be")
-    add("--count", nargs="+", metavar="REGEX", type=re.compile, help="--eval: words to count")
+    add("--count", nargs="+", default=[], metavar="REGEX",
+        help="--eval of chats: let the model reply, and count the words that match")
     add("--num_samples", type=int, metavar="N", help="continuations, or replies [1; --count: 200]")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="of each [%(default)s]")
-    add("--temperature", type=float, default=0.8, help="0: likeliest; 2: nonsense [%(default)s]")
-    add("--top_k", type=int, help="draw among this many likeliest; lower is safer [all]")
-    add("--top_p", type=float, default=1.0, help="among this share of probability; lower is safer")
-    add("--min_p", type=float, default=0.0, help="among those this likely, times the likeliest")
+    add("--temperature", type=float, default=0.8, metavar="X",
+        help="0: always the likeliest token; above 1.5: nonsense [%(default)s]")
+    add("--top_k", type=int, metavar="K", help="draw among the K likeliest; lower is safer [all]")
+    add("--top_p", type=float, default=1.0, metavar="P",
+        help="among the likeliest that have probability P together; lower is safer [%(default)s]")
+    add("--min_p", type=float, default=0.0, metavar="P",
+        help="among those that have P times the likeliest's probability; higher: safer [%(default)s]")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text [a new one]")
     add("--context", type=int, metavar="N", help="tokens seen at once [as in training, up to 8192]")
     add("--by", choices=("step", "seconds"), default="step", help="--curves: axis [%(default)s]")
@@ -516,6 +520,10 @@ def run(argv=None):
     args = parser.parse_args(argv)
     for name in "num_samples", "max_new_tokens", "context":
         insist(getattr(args, name) is None or getattr(args, name) > 0, f"--{name} must be above 0")
+    try:
+        patterns = [re.compile(pattern) for pattern in args.count]
+    except re.error as error:
+        raise ValueError(f"--count: {error}") from None
     newest = sorted(Path("out").glob("*/model.safetensors"), key=os.path.getmtime)[-1:]
     models = args.models or [file.parent for file in newest]
     insist(models, "out/ holds no model yet: train one with python train.py, or name a directory")
@@ -535,7 +543,7 @@ def run(argv=None):
         print_positions(explain(next(speakers), text_of(args.explain)))
     elif args.eval:
         print_table({str(speaker.directory): evaluate(
-            speaker, args.eval, args.count, args.num_samples or 200) for speaker in speakers})
+            speaker, args.eval, patterns, args.num_samples or 200) for speaker in speakers})
     else:
         continue_text(next(speakers), text_of(args.prompt), args.num_samples or 1)
 
@@ -545,7 +553,7 @@ def main(argv=None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:         # whoever reads has enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, EOFError, re.error) as error:      # EOFError: of an empty .npy
+    except (ValueError, OSError, EOFError) as error:        # EOFError: of an empty .npy
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
