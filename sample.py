@@ -511,7 +511,7 @@ def run(argv=None):
     add("--top_p", type=float, default=1.0, metavar="P",
         help="among the likeliest that have probability P together; lower is safer [%(default)s]")
     add("--min_p", type=float, default=0.0, metavar="P",
-        help="among those that have P times the likeliest's probability; higher: safer [%(default)s]")
+        help="among those with P times the best one's probability; higher is safer [%(default)s]")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text [a new one]")
     add("--context", type=int, metavar="N", help="tokens seen at once [as in training, up to 8192]")
     add("--by", choices=("step", "seconds"), default="step", help="--curves: axis [%(default)s]")
