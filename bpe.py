@@ -31,7 +31,6 @@ splitting); tiktoken (patterns, rank files); tokenizers (tokenizer.json, the ord
 """
 import argparse
 import base64
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -163,8 +162,8 @@ def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
 
 @functools.cache
 def compile_pattern(pattern: str) -> re.Pattern:
-    r"""The pattern with \p{..} and \s written as ranges. Raises ValueError unless it is in PATTERNS.
-    Other patterns can have another meaning to re, take exponential time, or match across a CUT."""
+    r"""The pattern with \p{..} and \s written as ranges. ValueError unless it is one of PATTERNS:
+    other patterns can have another meaning to re, take exponential time, or match across a CUT."""
     if pattern not in PATTERNS.values():
         raise ValueError(f"the split pattern {pattern[:200]!r} is not in PATTERNS of bpe.py; if it "
                          "covers any text and has an edge at every CUT (see there), add it")
@@ -383,13 +382,6 @@ class Tokenizer:
         """What a model makes up need not be valid UTF-8: the rest of it becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decode_stream(self, ids):
-        """Ids as they come -> text as soon as it is certain, never half a character."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in itertools.chain((self.decode_bytes([i]) for i in ids), [None]):
-            if text := decoder.decode(token or b"", final=token is None):
-                yield text
-
     @classmethod
     def load(cls, path, pattern=None, special_tokens=None):
         """A tokenizer.json, a directory with one, or a .tiktoken file. That has ranks only: name a
@@ -430,7 +422,8 @@ class Tokenizer:
         config, ends = {"tokenizer_class": "PreTrainedTokenizerFast"}, {}
         if self.divider:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.divider)
-            ends = dict.fromkeys(("bos_token_id", "eos_token_id"), self.special_tokens[self.divider])
+            ends = {name: self.special_tokens[self.divider]
+                    for name in ("bos_token_id", "eos_token_id")}
         if all(name in self.special_tokens for name in CHAT_TOKENS):
             config["chat_template"] = CHAT_TEMPLATE
         write_json(Path(directory, "tokenizer_config.json"), config)
@@ -523,8 +516,8 @@ def read_tokenizer_json(content):
             plain.add(added["content"])
     ids = model["vocab"] | special
     if not 0 <= min(ids.values()) <= max(ids.values()) <= LARGEST_ID:
-        raise ValueError(f"ids are from {min(ids.values())} to {max(ids.values())}, but the largest "
-                         f"that can be is {LARGEST_ID}")
+        raise ValueError(f"ids go from {min(ids.values())} to {max(ids.values())}; the largest here "
+                         f"is {LARGEST_ID}")
     vocab = [None] * (1 + max(ids.values()))
     for spelling, i in ids.items():
         if vocab[i] is not None:
@@ -609,7 +602,7 @@ ROLE_AFTER = {"": ("system", "user"), "system": ("user",), "user": ("assistant",
               "assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
 
 def check_chat(chat):
-    """-> the chat, if it is a list of messages with roles in order and replies that say something"""
+    """-> the chat, if it is a list of messages, its roles are in order, and no reply is empty"""
     before = ""
     for message in chat if isinstance(chat, list) else [None]:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)
@@ -635,17 +628,17 @@ def conversations(row: dict) -> list[tuple[list[dict], int]]:
     def messages(value, role):
         return [{"role": role, "content": value}] if isinstance(value, str) else value
 
-    kinds = [kind for kind in (("messages",), ("prompt", "completion"), ("chosen", "rejected"))
-             if row.keys() >= set(kind)]
-    if kinds[-1:] == [("chosen", "rejected")] and "prompt" in row:
-        kinds = kinds[-1:]                  # many such sets hold the chosen chat as "messages", too
-    if len(kinds) != 1 or "text" in row or kinds == [("chosen", "rejected")] and "prompt" not in row:
-        raise ValueError('expected "text", or "messages", or "prompt" and "completion", or "prompt", '
-                         f'"chosen" and "rejected", but there is {list(row)}')
+    kinds = [kind for kind in (("messages",), ("prompt", "completion"),
+                               ("prompt", "chosen", "rejected")) if row.keys() >= set(kind)]
+    if kinds and "chosen" in kinds[-1]:     # many such sets hold the chosen chat as "messages", too
+        kinds = kinds[-1:]
+    if len(kinds) != 1 or "text" in row:
+        raise ValueError('expected "text", or "messages", or "prompt" and "completion", or '
+                         f'"prompt", "chosen" and "rejected", but there is {list(row)}')
     if kinds == [("messages",)]:
         return [(check_chat(messages(row["messages"], "user")), 0)]
     prompt = messages(row["prompt"], "user")
-    answers = [messages(row[name], "assistant") for name in kinds[0] if name != "prompt"]
+    answers = [messages(row[name], "assistant") for name in kinds[0][1:]]
     return [(check_chat(answer if answer[:len(prompt)] == prompt else prompt + answer), len(prompt))
             for answer in answers]          # some data sets repeat the prompt
 
@@ -658,11 +651,8 @@ def find_files(names, part=(0, 1)) -> list[tuple[str, int, int]]:
     position over all files together: (0, 0.9) and (0.9, 1) make the whole."""
     paths = []
     for name in names:
-        inside = [name]
-        if os.path.isdir(name):
-            inside = sorted(str(path) for path in Path(name).rglob("*")
-                            if path.suffix in (".txt", ".jsonl"))
-        paths += inside
+        inside = [str(path) for path in Path(name).rglob("*") if path.suffix in (".txt", ".jsonl")]
+        paths += sorted(inside) if os.path.isdir(name) else [name]
     ends = [0, *itertools.accumulate(map(os.path.getsize, paths))]
     low, high = (int(fraction * ends[-1]) for fraction in part)
     if low == high:
@@ -727,7 +717,7 @@ def count_slice(piece, pattern):
                                             for chat, _ in row for message in chat])), pattern)
 
 def encode_slice(piece, tokenizer):
-    """... for encode: -> numbers of bytes, tokens, rows of each kind; ids, mask, lengths of chats"""
+    """... for encode: -> numbers of bytes, tokens and rows; ids, mask, lengths of chats"""
     numbers, ids, mask, lengths = Counter(), [[]], [], []
     for begins, row in read_rows(*piece):
         if isinstance(row, str):
@@ -892,10 +882,13 @@ class Parser(argparse.ArgumentParser):
 
 def fractions(text: str) -> tuple[float, float]:
     """"0:0.9" -> (0.0, 0.9)"""
-    low, _, high = (text if re.fullmatch(r"[\d.]+:[\d.]+", text) else "1:0").partition(":")
-    if not 0 <= float(low) < float(high) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not A:B, such as 0:0.9, with 0 <= A < B <= 1")
-    return float(low), float(high)
+    try:
+        low, high = map(float, text.split(":"))
+        if 0 <= low < high <= 1:
+            return low, high
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not A:B, such as 0:0.9, with 0 <= A < B <= 1")
 
 def main(argv=None) -> int:
     parser = Parser("bpe.py", description="Byte-pair encoding: from text to token ids.")
