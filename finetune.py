@@ -76,10 +76,9 @@ def make_parser() -> Parser:
     add("--model", metavar="DIR", type=os.path.abspath, help="[out/shakespeare; for dpo: out/sft]")
     add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
     add("--resume", action="store_true", help="continue the run in --out [the newest], or begin it")
-    add = parser.add_argument_group("method").add_argument
-    add("--beta", type=float, default=0.5, help="dpo: lower lets the model go further [%(default)s]")
-    add("--lora", type=int, default=0, help="rank of adapters that learn [0: all weights learn]")
     add = parser.add_argument_group("optimisation").add_argument
+    add("--beta", type=float, default=0.5, help="of dpo: lower lets it go further [%(default)s]")
+    add("--lora", type=int, default=0, help="rank of adapters that learn [0: all weights learn]")
     add("--block_size", type=int, help="tokens of a chat, at most [as many as the model can see]")
     add("--batch", type=int, default=32, help="chats, or pairs, per step [%(default)s]")
     # DPO sees few rows: the preference is soon learned, and after that other things are forgotten.
@@ -159,13 +158,9 @@ def run(script: str, *arguments):
     if code:
         sys.exit(code)
 
-def file_digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
 def token_files(args) -> tuple[Path, Path, Path]:
     """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
     And the folder of the tokenizer that made them.
-
     Those of chats are in data/tokens/NAME-MODEL-KEY, with the model's tokenizer made ready for
     chats. KEY is a digest of all that they depend on: the files (name, size, time of change), the
     tokenizer, and bpe.py itself. Whatever changes, the key changes: nothing stale can be found."""
@@ -183,13 +178,11 @@ def token_files(args) -> tuple[Path, Path, Path]:
     model = Path(os.path.relpath(args.model))
     insist((model / "tokenizer.json").exists(), f"there is no model with a tokenizer in {model}: "
            "train one with python train.py, or name one by --model")
-    facts = [(HERE / "bpe.py").read_bytes(), file_digest(model / "tokenizer.json"), len(data)]
-    for path in data + val:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
-        facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    facts = [(HERE / "bpe.py").read_bytes(), (model / "tokenizer.json").read_bytes(), len(data)]
+    files = [file for path in data + val for file in sorted(path.rglob("*")) or [path]]
+    facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    folder = HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"
-    folder = Path(os.path.relpath(folder))
+    folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
     # bpe.py writes each file whole, and these last: what is there is complete.
     if not (folder / "generation_config.json").exists():
@@ -210,7 +203,6 @@ class Rows:
     reference: np.ndarray   # (rows, N) for DPO: log-probabilities before the first step
     left_out: int           # rows with nothing to learn
     cut: int                # chats that lost their end
-
     def __len__(self):
         return len(self.spans)
 
@@ -233,8 +225,8 @@ def open_rows(path: Path, kind: str, T: int) -> tuple[Rows, dict]:
     keep = (lengths > 0).all(axis=1)
     if kind == "pairs":
         keep &= [not np.array_equal(ids[a:b], ids[c:d]) for (a, b), (c, d) in spans.tolist()]
-    insist(keep.any(), f"{path} has no {kind} to use ({len(keep)} left out: nothing to learn within "
-           f"{T} tokens, or two replies that are equal)")
+    insist(keep.any(), f"{path} has no {kind} to use: all {len(keep)} have nothing to learn within "
+           f"{T} tokens, or two equal replies")
     spans, reference = spans[keep], np.zeros((keep.sum(), spans.shape[1]), np.float32)
     return Rows(ids, mask, spans, lengths[keep].max(axis=1), reference, int((~keep).sum()),
                 int((ends < offsets[1:]).sum())), noted
@@ -248,7 +240,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def batch(data: Rows, step: int, rows: int, seed: int):
     """All rows of a step, for all ranks: tokens (rows, N, L), targets (rows, N, L), reference
     (rows, N). An epoch takes each row once, in an order of its own.
-
     Rows of similar length stand together, so that a micro-batch holds little padding. The longest
     come first, so that memory runs out at once or never. Each rank will take every world_size-th
     of them, so that all have about the same number of tokens."""
@@ -288,7 +279,6 @@ def nll(model, tokens, targets) -> torch.Tensor:
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float):
     """-> (losses, rewards of the chosen, rewards of the rejected), each (B,).
-
     In: log-probabilities of replies given their prompt, (B,), summed over the tokens of a reply, by
     the model and by the reference. beta: 0.1 to 0.5 is usual; lower lets the model go further."""
     # A reply's reward: how much likelier the model makes it than the reference did (section 4).
@@ -334,16 +324,14 @@ def evaluate(model, data: Rows, beta: float, at_most: int, *how) -> dict:
     numbers = np.argsort(data.lengths, kind="stable")[::math.ceil(len(data) / at_most)]
     logps = log_probabilities(model, data, numbers, *how)
     loss, logged = cost(-logps, torch.from_numpy(data.reference[numbers]), beta)
-    count = len(numbers)
-    if logps.shape[1] == 1:
-        count = int(sum(data.mask[a + 1:b].sum() for a, b in data.spans[numbers, 0]))
+    targets = sum(data.mask[begin + 1:end].sum() for begin, end in data.spans[numbers, 0])
+    count = int(targets) if logps.shape[1] == 1 else len(numbers)
     return {"val_loss": loss.item() / count,
             **{f"val_{name}": value / count for name, value in zip(LOGGED, logged)}}
 
 # ---------------------------------------------------------------- adapters
 
 LORA_ALPHA = 32
-
 class LoRA(nn.Linear):
     """y = x (W + s B A)^T + b with W and b frozen: A (r, in) and B (out, r) learn
     (arXiv:2106.09685, equation 3). So gradients and optimizer state are small. s = alpha / r makes
@@ -391,7 +379,6 @@ def grow(model: GPT, new: int, known: int):
 
 def scale_run(args, model, rows: int):
     """Fill in what was not asked for: learning rate and steps, by the sizes of model and data.
-
     The larger the model, the lower the rate: the powers go through what was found good for the 2
     million parameters of the first run (1e-3 for SFT, 1e-4 for DPO) and what is usual for 7 billion
     (2e-5 and 5e-7)."""
@@ -401,7 +388,6 @@ def scale_run(args, model, rows: int):
     args.max_steps = args.max_steps or max(1, round(args.epochs * rows / args.batch))
 
 signals = []        # those that came since the loop began
-
 def note_signal(number, frame):
     """A signal is only noted when it comes, and answered after the step. A rank that left in the
     middle of a step would make the others wait for its gradients."""
@@ -439,20 +425,20 @@ def finetune(argv=None) -> int:
     digest = [noted["digest"], val_noted["digest"]]
     insist(not saved or saved["digest"] == digest, f"the data has changed since {out} was begun: "
            "put it back, or start a new run")
-    insist({noted["tokenizer"], val_noted["tokenizer"]} == {file_digest(tokenizer / "tokenizer.json")},
-           f"{train_file} and {val_file} were not encoded with the tokenizer in {tokenizer}")
-    # It has the tokens of the model's own tokenizer, and after them those that chats need.
-    added = [len(read_json(folder / "tokenizer.json").get("added_tokens", ()))
-             for folder in (Path(args.model), tokenizer)]
-    new = added[1] - added[0]
+    found = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+    insist(noted["tokenizer"] == val_noted["tokenizer"] == found, f"{train_file} and {val_file} "
+           f"were not encoded with the tokenizer in {tokenizer}")
+    # It has the tokens of the model's own tokenizer, and after them the new ones of chats.
+    known = len(read_json(Path(args.model, "tokenizer.json")).get("added_tokens", ()))
+    new = len(read_json(tokenizer / "tokenizer.json").get("added_tokens", ())) - known
 
     # ---- 3. The model, and how long a run it deserves. Its adapters follow from the seed.
     torch.manual_seed(args.seed)
     if new:
         grow(pretrained, new, noted["vocab_size"] - new)
+    # Copies. The opened weights are mapped from the file, and a matrix product can depend, in the
+    # last bit, on how its memory is aligned. A resumed run would then differ.
     model = GPT(replace(pretrained.config, dropout=args.dropout))
-    # Copies. The opened weights are mapped from the file, and a matrix product can depend, in
-    # the last bit, on how its memory is aligned. A resumed run would then differ.
     model.load_state_dict(pretrained.state_dict())
     del pretrained
     c, parameters = model.config, model.count_parameters()
@@ -471,30 +457,29 @@ def finetune(argv=None) -> int:
     args.dtype = pick_dtype(device, args.dtype)
     sharded = args.fsdp and world_size > 1
     model = move_to_device(model, device, args.dtype, sharded)
-
     # Under autocast torch computes matrix products in the short type, and what needs range or
     # precision, such as softmax and losses, in fp32.
     def autocast():
         return torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
-    print(f"data    {len(train_data):,} {kind} to train on, {len(val_data):,} held out\n"
-          f"        {train_data.left_out:,} more to train on have nothing to learn, "
-          f"{train_data.cut:,} chats are cut to {T} tokens\n"
+    print(f"data    {len(train_data):,} {kind} to train on ({train_data.left_out:,} left out, "
+          f"{train_data.cut:,} cut to {T} tokens), {len(val_data):,} held out\n"
           f"model   {parameters:,} parameters, {learning:,} learn"
           f"{', the whole embedding among them' if args.lora and new else ''}; {new} new tokens\n"
           f"batch   {rows} {kind}, {micro_batch} at once, on {world_size} rank(s)\n"
-          f"steps   {args.max_steps:,}: {args.max_steps * rows / len(train_data):.2f} epochs, lr up "
-          f"to {args.lr:.2g}\n"
+          f"steps   {args.max_steps:,}: {args.max_steps * rows / len(train_data):.2f} epochs, "
+          f"lr up to {args.lr:.2g}\n"
           f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
-    # The model is still what it was before the first step, also in a run that is resumed.
-    V, how = c.vocab_size, (micro_batch, rank, world_size, autocast)
+    how, V = (micro_batch, rank, world_size, autocast), c.vocab_size
     expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
-    if args.method == "dpo":        # the reference of the rows that it will see
+    # In a resumed run, too, the model is here what it was before the first step: the reference.
+    model.eval()        # no dropout
+    if args.method == "dpo":
         expected = f"a model that equals its reference has ln 2 = {math.log(2):.4f}"
         used = epoch_order(len(train_data), args.seed, 0)[:args.max_steps * rows]
         for data, numbers in (train_data, used), (val_data, np.arange(len(val_data))):
             data.reference[numbers] = log_probabilities(model, data, numbers, *how).float()
     elif not saved:
-        found = evaluate(model.eval(), val_data, args.beta, EVAL_ROWS, *how)
+        found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
         print(f"step     0  held out: loss {found['val_loss']:.4f}", flush=True)
 
     # ---- 4. The optimizer, and what a resumed run brings along.
@@ -562,14 +547,14 @@ def finetune(argv=None) -> int:
                 if not out_of_memory(error):
                     raise
             # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
-            # by rounding only. The graph of the failed pass must go first, because it holds most of
-            # the memory. The error referred to it, and is gone since the except block ended; `part`
-            # still does. And the parts before the failed one have already added to .grad.
+            # by rounding only. (Not under FSDP: there the other ranks wait in a collective.) The
+            # graph of the failed pass must go first, because it holds most of the memory. The error
+            # referred to it, and is gone since the except block ended; `part` still does. And the
+            # parts before the failed one have already added to .grad.
             part = None
             model.zero_grad()
-            if micro_batch == 1 or sharded:     # FSDP: other ranks wait in a collective
-                raise ValueError(f"out of memory with --micro_batch {micro_batch}: try a smaller "
-                                 "one, or a smaller --block_size or model")
+            insist(micro_batch > 1 and not sharded, "out of memory with --micro_batch "
+                   f"{micro_batch}: try a smaller one, or a smaller --block_size or model")
             args.micro_batch = micro_batch = (micro_batch + 1) // 2
             print(f"out of memory; from now on --micro_batch {micro_batch}", file=sys.stderr)
 
@@ -606,26 +591,23 @@ def finetune(argv=None) -> int:
         logging = evaluating or (step + 1) % args.log_every == 0
         row = {"step": step + 1, "tokens": done["tokens"], "seconds": round(done["seconds"], 3),
                "loss": loss, "lr": lr, "grad_norm": grad_norm, **dict(zip(LOGGED, sums))}
-        shown = "".join(f"  {name} {value:.3f}" for name, value in [*zip(LOGGED, sums)][2:])
         if step == 0:
             print(f"step     0  loss {loss:.4f} ({expected})")
         # In fp16 a few skipped steps are normal, until the scaler has found its factor. Many in a
         # row mean that the weights have left the region where the loss is finite.
         if skipped:
             print(f"step {step + 1}: the gradient is not finite; step skipped, {skipped} in a row")
-        if skipped == 20:
-            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+        insist(skipped < 20, "20 such steps in a row: try a lower --lr, or --dtype fp32")
         if logging:
             speed = (done["tokens"] - since_tokens) / (now - since)
-            left = timedelta(seconds=round(done["seconds"] / (step + 1) * (args.max_steps - step - 1)))
-            print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}{shown}  lr {lr:.2e}  "
+            left = timedelta(seconds=round(done["seconds"] * (args.max_steps / (step + 1) - 1)))
+            print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                   f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
         # Where a small text is read many times, the held-out loss turns upwards before the end. So
         # the model with the lowest one is kept beside the last, in OUT/best.
         better = False
         if evaluating:
             model.eval()        # no dropout
-            how = micro_batch, rank, world_size, autocast
             found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
             better = found["val_loss"] < done["best"]
             done["best"] = min(found["val_loss"], done["best"])

@@ -73,7 +73,7 @@ def make_parser() -> Parser:
     parser = Parser("train.py", description="Pretrain a GPT on text. Defaults in brackets.")
     add = parser.add_argument_group("files").add_argument
     files = {"nargs": "+", "metavar": "FILE", "type": os.path.abspath}
-    add("--data", **files, help="text: .txt, .jsonl or folders; or ids in .npy [Shakespeare's plays]")
+    add("--data", **files, help="text: .txt, .jsonl, folders; or ids: .npy [Shakespeare's plays]")
     add("--val_data", **files, help="the same, to validate on [the last tenth of --data]")
     add("--model", metavar="DIR", type=os.path.abspath, help="train this model further [a new one]")
     add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
@@ -165,7 +165,6 @@ def run(script: str, *arguments):
 
 def token_files(args) -> tuple[list[Path], list[Path]]:
     """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
-
     Those of a text are in data/tokens/NAME-SIZE-KEY. KEY is a digest of all that they depend on:
     the text files (name, size, time of change), the vocabulary (its size, or the tokenizer of
     --model), and bpe.py itself. Whatever changes, the key changes: nothing stale can be found."""
@@ -185,9 +184,8 @@ def token_files(args) -> tuple[list[Path], list[Path]]:
     model = Path(os.path.relpath(args.model)) if args.model else None
     vocabulary = (model / "tokenizer.json").read_bytes() if model else args.vocab_size
     facts = [(HERE / "bpe.py").read_bytes(), vocabulary, len(data)]
-    for path in data + val:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
-        facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    files = [file for path in data + val for file in sorted(path.rglob("*")) or [path]]
+    facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     made_for = model.name if model else args.vocab_size
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"))
@@ -233,7 +231,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
     """All rows of a step, for all ranks: tokens (rows, T) and, shifted by one, targets (rows, T).
-
     The text is cut into windows of T tokens. An epoch takes each window once, in an order of its
     own, and cuts the text at positions of its own, so that the model meets new beginnings."""
     n = max(1, len(data) // T - 1)          # one window less than there are: room for the cut
@@ -251,7 +248,6 @@ def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
 def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, rank: int,
              world_size: int, autocast) -> dict:
     """Mean loss on held-out text, in nats per token, over windows of T tokens side by side.
-
     Each token but the first is predicted once, from those before it in its window. If there are
     more than at_most tokens, evenly spread windows are taken, with no more than that together.
     Every rank computes its share of them. A collective."""
@@ -278,7 +274,6 @@ def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, ra
 def scale_run(args, model, text: int):
     """Fill in what was not asked for: batch, steps and learning rate, by the sizes of the model and
     of the text (in tokens), whatever the number of ranks.
-
     Steps: 20 tokens for each parameter, where a training budget is spent best (arXiv:2203.15556,
     table 3), but each token of the text at most twice: more pays off until about four times
     (arXiv:2305.16264), and the first run should be over soon.
@@ -293,7 +288,6 @@ def scale_run(args, model, text: int):
     args.max_steps = args.max_steps or max(1, round(tokens / args.batch_tokens))
 
 signals = []        # those that came since the loop began
-
 def note_signal(number, frame):
     """A signal is only noted when it comes, and answered after the step. A rank that left in the
     middle of a step would make the others wait for its gradients."""
@@ -344,7 +338,7 @@ def train(argv=None) -> int:
     file = tokenizer / "tokenizer.json"
     found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
     made_by = {noted["tokenizer"] for noted in notes + val_notes}
-    insist(len(made_by) == 1 and (not args.model or made_by <= {None, found}), "not all token files "
+    insist(len(made_by) == 1 and (not args.model or made_by <= {None, found}), "not all token ids "
            "were made by the same tokenizer, which must be that of --model if there is one")
     if found is None or made_by != {found} and not args.model:
         print(f"no tokenizer of {train_files[0]} is beside it: the model will know only numbers")
@@ -376,7 +370,6 @@ def train(argv=None) -> int:
     args.dtype = pick_dtype(device, args.dtype)
     sharded = args.fsdp and world_size > 1
     model = move_to_device(model, device, args.dtype, sharded)
-
     # Under autocast torch computes matrix products in the short type, and what needs range or
     # precision, such as softmax and losses, in fp32.
     def autocast():
@@ -388,6 +381,10 @@ def train(argv=None) -> int:
           f"steps   {args.max_steps:,}: {args.max_steps * args.batch_tokens / len(train_data):.1f} "
           f"epochs of {flops / 1e6:,.0f} million operations a token, lr up to {args.lr:.2g}\n"
           f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
+    how, V = (micro_batch, rank, world_size, autocast), c.vocab_size
+    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
+    val_bytes = sum(noted.get("bytes", 0) for noted in val_notes)       # 0: nobody has counted
+    gzip_bpb = val_notes[0]["gzip_bpb"] if val_bytes else None
 
     # ---- 4. The optimizer, and what a resumed run brings along.
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
@@ -427,10 +424,7 @@ def train(argv=None) -> int:
     signals.clear()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note_signal)
-    skipped, V = 0, c.vocab_size
-    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
-    val_bytes = sum(noted.get("bytes", 0) for noted in val_notes)       # 0: nobody has counted
-    gzip_bpb = val_notes[0]["gzip_bpb"] if val_bytes else None
+    skipped = 0
     # Two clocks: `since` the last log line, for the speed; `started` for the whole run, as if it
     # had never been interrupted.
     since, since_tokens = time.perf_counter(), done["tokens"]
@@ -465,14 +459,14 @@ def train(argv=None) -> int:
                 if not out_of_memory(error):
                     raise
             # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
-            # by rounding only. The graph of the failed pass must go first, because it holds most of
-            # the memory. The error referred to it, and is gone since the except block ended; `part`
-            # still does. And the parts before the failed one have already added to .grad.
+            # by rounding only. (Not under FSDP: there the other ranks wait in a collective.) The
+            # graph of the failed pass must go first, because it holds most of the memory. The error
+            # referred to it, and is gone since the except block ended; `part` still does. And the
+            # parts before the failed one have already added to .grad.
             part = None
             model.zero_grad()
-            if micro_batch == 1 or sharded:     # FSDP: other ranks wait in a collective
-                raise ValueError(f"out of memory with --micro_batch {micro_batch}: try a smaller "
-                                 "one, or a smaller --block_size or model")
+            insist(micro_batch > 1 and not sharded, "out of memory with --micro_batch "
+                   f"{micro_batch}: try a smaller one, or a smaller --block_size or model")
             args.micro_batch = micro_batch = (micro_batch + 1) // 2
             print(f"out of memory; from now on --micro_batch {micro_batch}", file=sys.stderr)
 
@@ -515,11 +509,10 @@ def train(argv=None) -> int:
         # row mean that the weights have left the region where the loss is finite.
         if skipped:
             print(f"step {step + 1}: the gradient is not finite; step skipped, {skipped} in a row")
-        if skipped == 20:
-            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+        insist(skipped < 20, "20 such steps in a row: try a lower --lr, or --dtype fp32")
         if logging:
             speed = (done["tokens"] - since_tokens) / (now - since)
-            left = timedelta(seconds=round(done["seconds"] / (step + 1) * (args.max_steps - step - 1)))
+            left = timedelta(seconds=round(done["seconds"] * (args.max_steps / (step + 1) - 1)))
             print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                   f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
         # Where a small text is read many times, the held-out loss turns upwards before the end. So
@@ -527,7 +520,6 @@ def train(argv=None) -> int:
         better = False
         if evaluating:
             model.eval()        # no dropout
-            how = micro_batch, rank, world_size, autocast
             found = evaluate(model, val_data, T, EVAL_TOKENS, *how)
             better = found["val_loss"] < done["best"]
             done["best"] = min(found["val_loss"], done["best"])
