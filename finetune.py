@@ -21,8 +21,7 @@ train.py finetune.py` shows what differs: the data, and what a row costs.
 - DPO, direct preference optimization (arXiv:2305.18290): rows are pairs of replies to one prompt.
   Reinforcement learning would need a reward model, samples and a value function. Here the model is
   its own reward model, by how much likelier it makes a reply than it did before the first step.
-  That earlier model, the reference, is needed only as one number per reply. These numbers are
-  computed once, before the first step, and kept in memory: there is no second model.
+  That earlier model, the reference, is only one number per reply, computed before the first step.
 
 Left out on purpose: other preference losses, averages over tokens instead of sums.
 
@@ -408,7 +407,8 @@ def finetune(argv=None) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     out = out_folder(args, args.method)
-    kind = {"sft": "chats", "dpo": "pairs"}[args.method]
+    rows, kind = args.batch, {"sft": "chats", "dpo": "pairs"}[args.method]
+    insist(rows % world_size == 0, f"--batch {rows} can't be divided among {world_size} rank(s)")
     print(f"Cutting {kind} into tokens, training {args.model} on them, saving to {out}.")
 
     # ---- 2. Text becomes token ids: once, while the other ranks wait.
@@ -445,8 +445,6 @@ def finetune(argv=None) -> int:
     insist(noted["vocab_size"] <= c.vocab_size, f"{args.model} has {c.vocab_size} tokens; needed "
            f"are {noted['vocab_size']}")
     scale_run(args, model, len(train_data))
-    rows = args.batch
-    insist(rows % world_size == 0, f"--batch {rows} can't be divided among {world_size} rank(s)")
     if args.lora:
         add_lora(model, args.lora)
         if new:         # what is new knows nothing yet, so its matrices learn in any case
