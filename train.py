@@ -381,6 +381,16 @@ def train(argv=None) -> int:
           f"steps   {args.max_steps:,}: {args.max_steps * args.batch_tokens / len(train_data):.1f} "
           f"epochs of {flops / 1e6:,.0f} million operations a token, lr up to {args.lr:.2g}\n"
           f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
+    compiling = device.type == "cuda" if args.compile is None else args.compile
+    if compiling:
+        try:        # something small: is there a C++ compiler, and does Triton know this GPU?
+            torch.compile(torch.square)(torch.ones(9, device=device))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            insist(not args.compile, f"--compile does not work here: {reason}")
+            print(f"torch.compile does not work here, so the run is slower: {reason}")
+            compiling = False
+    forward = torch.compile(model, dynamic=False) if compiling else model
     how, V = (micro_batch, rank, world_size, autocast), c.vocab_size
     expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
     val_bytes = sum(noted.get("bytes", 0) for noted in val_notes)       # 0: nobody has counted
@@ -409,16 +419,6 @@ def train(argv=None) -> int:
         # their lines go. Without a buffer each line is written at once and whole.
         metrics = open(out / "metrics.jsonl", "ab", buffering=0)
         metrics.truncate(min(done["metrics_bytes"], metrics.tell()))
-    compiling = device.type == "cuda" if args.compile is None else args.compile
-    if compiling:
-        try:        # something small: is there a C++ compiler, and does Triton know this GPU?
-            torch.compile(torch.square)(torch.ones(9, device=device))
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            insist(not args.compile, f"--compile does not work here: {reason}")
-            print(f"torch.compile does not work here, so the run is slower: {reason}")
-            compiling = False
-    forward = torch.compile(model, dynamic=False) if compiling else model
 
     # ---- 5. The loop.
     signals.clear()
