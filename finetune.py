@@ -13,7 +13,7 @@
     torchrun --standalone --nproc_per_node 8 finetune.py ...    # the same run on eight GPUs
     python bpe.py show chats.jsonl --tokenizer DIR      # what is learned of a chat, in green
 
-Read it beside train.py: order, names and loop are the same, and so are its four promises. `diff
+Read train.py first: order, names and loop are the same, and so are its four promises. `diff
 train.py finetune.py` shows what differs: the data, and what a row costs.
 
 - SFT, supervised finetuning: rows are chats. Only what the assistant says costs something, and the
@@ -21,11 +21,8 @@ train.py finetune.py` shows what differs: the data, and what a row costs.
 - DPO, direct preference optimization (arXiv:2305.18290): rows are pairs of replies to one prompt.
   Reinforcement learning would need a reward model, samples and a value function. Here the model is
   its own reward model, by how much likelier it makes a reply than it did before the first step.
-  That earlier model, the reference, is needed only as one number per reply. These numbers are
-  computed once, before the first step, and kept in memory: there is no second model.
+  That earlier model, the reference, is only one number per reply, computed before the first step.
 
-What is longer than --block_size loses its end; a chat in which then nothing is left to learn, and a
-pair whose two replies are the same, is left out. Both are counted.
 Left out on purpose: other preference losses, averages over tokens instead of sums.
 
 Reading order: settings, data, what a row costs, adapters, then finetune(), the story.
@@ -54,14 +51,12 @@ from torch import nn
 
 from gpt import (DTYPES, GPT, all_sum, full_state, full_tensor, init_distributed, insist,
                  keep_freed_memory, learning_rate, leave, load_checkpoint, make_optimizers,
-                 move_to_device, out_of_memory, pick_device, pick_dtype,
-                 read_json, restore, save_checkpoint, sum_gradients)
+                 move_to_device, out_of_memory, pick_device, pick_dtype, read_json, restore,
+                 save_checkpoint, sum_gradients)
 
 HERE = Path(__file__).resolve().parent
-# Held-out rows at an evaluation; at the end, all.
+# Held-out rows that an evaluation takes. The last evaluation takes all.
 EVAL_ROWS = 512
-# What the default run is to change, as regular expressions for words: see the end.
-THOU, YOU = "(?i)thou|thee|thy|thine|thyself", "(?i)ye|you|your|yours|yourself|yourselves"
 
 # ---------------------------------------------------------------- settings
 
@@ -71,48 +66,38 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """Every flag with its unit and default."""
-    parser = Parser("finetune.py", description="Finetune a GPT on chats or on preferences. Defaults "
-                    "in brackets.")
-    parser.add_argument("method", nargs="?", choices=("sft", "dpo"), help="learn to answer, or to "
-                        "prefer")
+    parser = Parser("finetune.py", description="Finetune a GPT. Defaults in brackets.")
+    parser.add_argument("method", nargs="?", choices=("sft", "dpo"), help="learn to answer, prefer")
     add = parser.add_argument_group("files").add_argument
-    add("--data", nargs="+", metavar="FILE", type=os.path.abspath, help="chats, or preferences for "
-        "dpo: .jsonl, or .npz of bpe.py encode [replies in the plays of Shakespeare]")
-    add("--val_data", nargs="+", metavar="FILE", type=os.path.abspath, help="the same, to validate "
-        "on [the last tenth of --data]")
+    files = {"nargs": "+", "metavar": "FILE", "type": os.path.abspath}
+    add("--data", **files, help="chats or pairs: .jsonl; or one .npz of ids [Shakespeare's plays]")
+    add("--val_data", **files, help="the same, to validate on [the last tenth of --data]")
     add("--model", metavar="DIR", type=os.path.abspath, help="[out/shakespeare; for dpo: out/sft]")
     add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
     add("--resume", action="store_true", help="continue the run in --out [the newest], or begin it")
-    add = parser.add_argument_group("method").add_argument
-    add("--beta", type=float, default=0.5, help="dpo: how strongly it is held to where it began; "
-        "lower lets it go further, 0.1 to 0.5 is usual [%(default)s]")
-    add("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank instead of "
-        "all weights [0: all weights]")
     add = parser.add_argument_group("optimisation").add_argument
+    add("--beta", type=float, default=0.5, help="of dpo: lower lets it go further [%(default)s]")
+    add("--lora", type=int, default=0, help="rank of adapters that learn [0: all weights learn]")
     add("--block_size", type=int, help="tokens of a chat, at most [as many as the model can see]")
     add("--batch", type=int, default=32, help="chats, or pairs, per step [%(default)s]")
-    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: 0.25, because what is "
-        "preferred is soon learned, and after that other things are forgotten]")
-    add("--max_steps", type=int, help="updates of the weights [by --epochs]")
+    # DPO sees few rows: the preference is soon learned, and after that other things are forgotten.
+    add("--epochs", type=float, help="how often each row is seen [sft: 1; dpo: 0.25]")
+    add("--max_steps", type=int, help="updates [by --epochs]")
     add("--lr", type=float, help="peak learning rate [by the size of the model]")
     add("--warmup_steps", type=int, default=10, help="steps until --lr is reached [%(default)s]")
-    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="how the learning rate "
-        "falls: all the way, or in the last fifth [%(default)s]")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon learns more from "
-        "each batch, and needs torch 2.9 [%(default)s]")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine",
+        help="how the learning rate falls: all the way, or in the last fifth [%(default)s]")
     # Weight decay pulls towards 0, which is not where these weights began.
     add("--weight_decay", type=float, default=0.0, help="of matrices [%(default)s]")
     add("--grad_clip", type=float, default=1.0, help="longest gradient [%(default)s]")
-    add("--dropout", type=float, default=0.0, help="raise it when the rows are seen many times and "
-        "the held-out loss turns upwards [%(default)s]")
-    add("--seed", type=int, default=1, help="of batches, adapters, dropout [%(default)s]")
+    add("--dropout", type=float, default=0.0, help="more if the held-out loss rises [%(default)s]")
+    add("--seed", type=int, default=1, help="of adapters, batches, dropout [%(default)s]")
     add = parser.add_argument_group("running").add_argument
     add("--device", choices=("cpu", "cuda", "mps"), help="[the fastest one here]")
     add("--dtype", choices=tuple(DTYPES), help="to compute in [the fastest safe one here]")
-    add("--micro_batch", type=int, help="rows computed at once; fewer need less memory and change "
-        "nothing else [as many as make 4096 tokens, fewer when memory runs out]")
-    add("--fsdp", action="store_true", help="under torchrun: divide the weights among the ranks, "
-        "for a model larger than one device")
+    add("--micro_batch", type=int, help="rows at once: fewer need less memory, and change nothing "
+        "else [as many as make 4096 tokens, fewer when memory runs out]")
+    add("--fsdp", action="store_true", help="shard the weights over the ranks of torchrun")
     add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
     add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
     add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
@@ -148,12 +133,9 @@ def read_flags(argv) -> tuple:
         insist(type(value) not in (int, float) or low <= value < math.inf, f"--{name} is {value}; "
                f"it must be {'above' if low else 'at least'} 0, and finite")
     insist(args.data or not args.val_data, "--val_data without --data")
-    insist(not args.fsdp or args.optimizer == "adamw", "--optimizer muon needs matrices whole, and "
-           "--fsdp cuts them: use adamw")
     insist(args.method, "say what to do: python finetune.py sft, or dpo")
-    args.epochs = args.epochs or {"sft": 1.0, "dpo": 0.25}[args.method]
-    base = {"sft": "out/shakespeare", "dpo": "out/sft"}[args.method]
-    args.model = args.model or os.path.abspath(base)
+    epochs, base = {"sft": (1.0, "out/shakespeare"), "dpo": (0.25, "out/sft")}[args.method]
+    args.epochs, args.model = args.epochs or epochs, args.model or os.path.abspath(base)
     return args, saved
 
 def out_folder(args, name: str) -> Path:
@@ -175,17 +157,13 @@ def run(script: str, *arguments):
     if code:
         sys.exit(code)
 
-def file_digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
-def token_files(args) -> tuple[list[Path], list[Path]]:
+def token_files(args) -> tuple[Path, Path, Path]:
     """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
-
+    And the folder of the tokenizer that made them.
     Those of chats are in data/tokens/NAME-MODEL-KEY, with the model's tokenizer made ready for
     chats. KEY is a digest of all that they depend on: the files (name, size, time of change), the
-    tokenizer, and bpe.py itself. Whatever changes, the key changes: nothing stale can be found.
-    """
-    data, val, model = args.data, args.val_data or [], Path(args.model)
+    tokenizer, and bpe.py itself. Whatever changes, the key changes: nothing stale can be found."""
+    data, val = args.data, args.val_data or []
     if data is None:
         folder = HERE / "data" / "shakespeare" / {"sft": "chat", "dpo": "prefs"}[args.method]
         if not folder.exists():
@@ -193,29 +171,26 @@ def token_files(args) -> tuple[list[Path], list[Path]]:
         insist(folder.exists(), "the plays could not be had: give --data")
         data, val = [folder / "train.jsonl"], [folder / "val.jsonl"]
     data, val = ([Path(os.path.relpath(path)) for path in paths] for paths in (data, val))
-    for path in data + val + [model]:
-        insist(path.exists(), f"{path} does not exist")
-    endings = {path.suffix for path in data + val}
-    if ".npz" in endings:
-        insist(endings == {".npz"} and val, "give .jsonl, or .npz files (also for --val_data)")
-        return data, val
-
-    insist((model / "tokenizer.json").exists(), f"{model} holds no tokenizer.json: give token ids "
-           "(.npz), not chats")
-    facts = [(HERE / "bpe.py").read_bytes(), file_digest(model / "tokenizer.json"), len(data)]
-    facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in data + val]
+    if data[0].suffix == ".npz":
+        insist(len(data) == len(val) == 1, "give one .npz, and another one for --val_data")
+        return data[0], val[0], Path(args.model)
+    model = Path(os.path.relpath(args.model))
+    insist((model / "tokenizer.json").exists(), f"there is no model with a tokenizer in {model}: "
+           "train one with python train.py, or name one by --model")
+    facts = [(HERE / "bpe.py").read_bytes(), (model / "tokenizer.json").read_bytes(), len(data)]
+    files = [file for path in data + val for file in sorted(path.rglob("*")) or [path]]
+    facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    name = f"{data[0].stem}-{model.name}-{key}"
-    folder = Path(os.path.relpath(HERE / "data" / "tokens" / name))
+    folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
     # bpe.py writes each file whole, and these last: what is there is complete.
     if not (folder / "generation_config.json").exists():
-        run("bpe.py", "chat", "--tokenizer", os.path.relpath(model), "--out", folder)
+        run("bpe.py", "chat", "--tokenizer", model, "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
         if not (folder / f"{name}.npz.json").exists():
             run("bpe.py", "encode", *texts, "--part", part, "--tokenizer", folder,
                 "--out", folder / f"{name}.npz")
-    return [folder / "train.npz"], [folder / "val.npz"]
+    return folder / "train.npz", folder / "val.npz", folder
 
 @dataclass
 class Rows:
@@ -223,46 +198,37 @@ class Rows:
     ids: np.ndarray         # of all chats, one after the other
     mask: np.ndarray        # where a token is to be learned
     spans: np.ndarray       # (rows, N, 2): where each chat begins and ends
-    lengths: np.ndarray     # (rows,) of the longest chat of each
-    reference: np.ndarray   # (rows, N) log-probabilities by the model before the first step, for DPO
+    lengths: np.ndarray     # (rows,) of the longest chat of each, in tokens
+    reference: np.ndarray   # (rows, N) for DPO: log-probabilities before the first step
     left_out: int           # rows with nothing to learn
     cut: int                # chats that lost their end
-
     def __len__(self):
         return len(self.spans)
 
-def open_rows(paths: list[Path], kind: str, T: int) -> tuple[Rows, dict]:
-    """-> (the rows of these files, chats or pairs; what bpe.py noted beside them, and a digest).
-    Chats are cut to T + 1 ids: T tokens and, shifted by one, T targets."""
-    ids, mask, spans, notes, digest = [], [], [], [], hashlib.sha256()
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found, learned, offsets = file["ids"], file["mask"] != 0, file["offsets"]
-            noted = read_json(f"{path}.json")
-            insist(noted["kind"] == kind, f"it holds {noted['kind']}, and needed are {kind}")
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}, of bpe.py encode, can't be used: {error}") from None
-        spans.append(np.stack([offsets[:-1], offsets[1:]], axis=1) + sum(map(len, ids)))
-        ids, mask, notes = [*ids, found], [*mask, learned], [*notes, noted]
-        for array in found, learned, offsets:
-            digest.update(array)
-    ids, mask, spans = map(np.concatenate, (ids, mask, spans))
-    ends = np.minimum(spans[:, 1], spans[:, 0] + T + 1)
-    cut, spans[:, 1] = int((ends < spans[:, 1]).sum()), ends
-    spans = spans.reshape(-1, {"chats": 1, "pairs": 2}[kind], 2)
-    before = np.append(0, np.cumsum(mask))          # targets before each position
-    keep = (before[spans[..., 1]] > before[spans[..., 0] + 1]).all(axis=1)
+def open_rows(path: Path, kind: str, T: int) -> tuple[Rows, dict]:
+    """-> (the rows of a file, chats or pairs; what bpe.py noted beside it). Each chat is cut to
+    T + 1 ids: T tokens and, shifted by one, T targets. Rows in which then nothing is to be learned
+    are left out, and pairs whose two replies are the same."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, mask, offsets = file["ids"], file["mask"] != 0, file["offsets"]
+        noted = read_json(f"{path}.json")
+        insist(noted["kind"] == kind, f"it holds {noted['kind']}, and needed are {kind}")
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}, of bpe.py encode, can't be used: {error}") from None
+    begins, ends = offsets[:-1], np.minimum(offsets[1:], offsets[:-1] + T + 1)
+    # A chat also ends after its last target: nothing that is learned depends on what follows.
+    last = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))[ends - 1]
+    spans = np.stack([begins, last + 1], axis=1).reshape(-1, {"chats": 1, "pairs": 2}[kind], 2)
+    lengths = np.diff(spans)[..., 0] - 1        # (rows, N); not above 0 where nothing is learned
+    keep = (lengths > 0).all(axis=1)
     if kind == "pairs":
         keep &= [not np.array_equal(ids[a:b], ids[c:d]) for (a, b), (c, d) in spans.tolist()]
-    spans = spans[keep]
-    insist(len(spans), f"{paths[0]} has no {kind} to use ({len(keep)} left out: nothing to learn "
-           f"within {T} tokens, or two replies that are equal)")
-    insist(len({noted["tokenizer"] for noted in notes}) == 1, f"{paths[0]} and the files given with "
-           "it were made by different tokenizers")
-    rows = Rows(ids, mask, spans, np.diff(spans).max(axis=(1, 2)) - 1,
-                np.zeros(spans.shape[:2], np.float32), int((~keep).sum()), cut)
-    return rows, notes[0] | {"digest": digest.hexdigest()}
+    insist(keep.any(), f"{path} has no {kind} to use: all {len(keep)} have nothing to learn within "
+           f"{T} tokens, or two equal replies")
+    spans, reference = spans[keep], np.zeros((keep.sum(), spans.shape[1]), np.float32)
+    return Rows(ids, mask, spans, lengths[keep].max(axis=1), reference, int((~keep).sum()),
+                int((ends < offsets[1:]).sum())), noted
 
 @lru_cache(2)       # a batch can lie across the end of an epoch
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -273,11 +239,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def batch(data: Rows, step: int, rows: int, seed: int):
     """All rows of a step, for all ranks: tokens (rows, N, L), targets (rows, N, L), reference
     (rows, N). An epoch takes each row once, in an order of its own.
-
-    Rows of similar length stand together, so that a micro-batch holds little padding; the longest
-    come first, so that memory runs out at once or never. Taking every world_size-th of them gives
-    each rank about the same number of tokens.
-    """
+    Rows of similar length stand together, so that a micro-batch holds little padding. The longest
+    come first, so that memory runs out at once or never. Each rank will take every world_size-th
+    of them, so that all have about the same number of tokens."""
     n = len(data)
     numbers = [epoch_order(n, seed, epoch)[i]
                for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows))]
@@ -287,13 +251,12 @@ def batch(data: Rows, step: int, rows: int, seed: int):
 def pad(data: Rows, numbers):
     """Rows of these numbers -> tokens (B, N, L), targets (B, N, L).
 
-        ids         <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|> \n
-        mask              0        0   0   0       0       0         0      0  1      1      0
-        tokens      <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|>
-        targets          -100     -100 ...                         -100    Ay <|im_end|> -100
+        ids         <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|>
+        mask              0        0   0   0       0       0         0      0  1      1
+        tokens      <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay
+        targets          -100     -100 ...                         -100    Ay <|im_end|>
 
-    Shorter chats are padded on the right, where causal attention never looks; no mask is needed.
-    """
+    Shorter chats are padded on the right, where causal attention never looks: no mask is needed."""
     spans = data.spans[numbers]                                                     # (B, N, 2)
     tokens = torch.zeros(*spans.shape[:2], int(data.lengths[numbers].max()), dtype=torch.long)
     targets = torch.full_like(tokens, -100)
@@ -308,18 +271,15 @@ def pad(data: Rows, numbers):
 
 def nll(model, tokens, targets) -> torch.Tensor:
     """Negative log-likelihood of each chat's targets, summed: (B, N, L), (B, N, L) -> (B, N)."""
-    # Cut what follows the last target of these rows. It costs nothing and no target depends on it,
-    # but the model would compute it all the same.
+    # These rows can all be shorter than the longest of the batch: cut what is padding in all.
     L = int((targets != -100).flatten(0, 1).any(0).nonzero().max()) + 1
     losses = model(tokens[..., :L].flatten(0, 1), targets[..., :L].flatten(0, 1), reduction="none")
     return losses.sum(-1).view(tokens.shape[:2])
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float):
     """-> (losses, rewards of the chosen, rewards of the rejected), each (B,).
-
     In: log-probabilities of replies given their prompt, (B,), summed over the tokens of a reply, by
-    the model and by the reference. beta: 0.1 to 0.5 is usual; lower lets the model go further.
-    """
+    the model and by the reference. beta: 0.1 to 0.5 is usual; lower lets the model go further."""
     # A reply's reward: how much likelier the model makes it than the reference did (section 4).
     reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     # Equation 7: sigmoid(margin) is the probability, by Bradley and Terry, that the chosen reply is
@@ -327,16 +287,14 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float):
     losses = -F.logsigmoid(reward_chosen - reward_rejected)
     return losses, reward_chosen.detach(), reward_rejected.detach()
 
-LOGGED = {"sft": (), "dpo": ("rewards_chosen", "rewards_rejected", "margin", "accuracy")}
+# Whether DPO works: the margin should grow, and the reward of the chosen replies should not fall
+# far below 0, which would mean that they become less likely, too. SFT has only its loss.
+LOGGED = "rewards_chosen", "rewards_rejected", "margin", "accuracy"
 
 def cost(nll, reference, beta: float):
     """nll, reference (B, N) -> the loss, summed over target tokens (N = 1: SFT) or over pairs (N =
-    2: DPO), and sums of what LOGGED names.
-
-    Sums and not means, because only the caller knows how many rows the whole batch has. What is
-    logged tells whether DPO works: the margin should grow, and the reward of the chosen replies
-    should not fall far below 0, which would mean that they become less likely, too.
-    """
+    2: DPO), and for DPO the sums of what LOGGED names. Sums and not means, because only the caller
+    knows how many rows the whole batch has."""
     if nll.shape[1] == 1:
         return nll.sum(), np.zeros(0)
     losses, good, bad = dpo_loss(*(-nll).unbind(1), *reference.unbind(1), beta)
@@ -344,66 +302,46 @@ def cost(nll, reference, beta: float):
     return losses.sum(), logged.sum(1).cpu().numpy()
 
 @torch.no_grad()
-def log_probabilities(model, data: Rows, numbers, micro_batch: int, rank: int, world_size: int,
-                      autocast) -> torch.Tensor:
+def log_probabilities(model, data: Rows, numbers, micro_batch, rank, world_size, autocast):
     """Of the targets of each chat of these rows, summed: (len(numbers), N) in fp64. A collective:
     each rank computes its share."""
     device = next(model.parameters()).device
     order = np.argsort(-data.lengths[numbers], kind="stable")
-    # Under FSDP a forward pass is a collective: all ranks must make the same number of them.
-    mine = np.resize(order[rank::world_size], -(-len(order) // world_size))
-    logps = torch.zeros(len(numbers), data.spans.shape[1], dtype=torch.float64)
-    for i in range(0, len(mine), micro_batch):
-        piece = mine[i:i + micro_batch]
-        tokens, targets = (x.to(device) for x in pad(data, numbers[piece]))
+    # Under FSDP a forward pass is a collective: all ranks must make the same number of them. So
+    # some take a row that another has, too, and what they find is dropped at the end.
+    places = np.arange(-(-len(order) // world_size) * world_size)
+    logps = torch.zeros(len(places), data.spans.shape[1], dtype=torch.float64)
+    for piece in torch.from_numpy(places[rank::world_size]).split(micro_batch):
+        tokens, targets = pad(data, numbers[order[piece % len(order)]])
         with autocast():
-            logps[piece] = -nll(model, tokens, targets).cpu().double()
-    return all_sum(logps)
+            logps[piece] = -nll(model, tokens.to(device), targets.to(device)).cpu().double()
+    return all_sum(logps)[np.argsort(order)]        # from the order of lengths to that of numbers
 
-def evaluate(model, data: Rows, beta: float, at_most: int, micro_batch: int, rank: int,
-             world_size: int, autocast) -> dict:
+def evaluate(model, data: Rows, beta: float, at_most: int, *how) -> dict:
     """Means over held-out rows: over their target tokens (SFT) or over the pairs (DPO). If there
     are more than at_most rows, it takes rows spread evenly over all lengths. A collective."""
     numbers = np.argsort(data.lengths, kind="stable")[::math.ceil(len(data) / at_most)]
-    logps = log_probabilities(model, data, numbers, micro_batch, rank, world_size, autocast)
+    logps = log_probabilities(model, data, numbers, *how)
     loss, logged = cost(-logps, torch.from_numpy(data.reference[numbers]), beta)
-    method, count = "dpo", len(numbers)
-    if logps.shape[1] == 1:
-        method, count = "sft", int(sum(data.mask[a + 1:b].sum() for a, b in data.spans[numbers, 0]))
+    targets = sum(data.mask[begin + 1:end].sum() for begin, end in data.spans[numbers, 0])
+    count = int(targets) if logps.shape[1] == 1 else len(numbers)
     return {"val_loss": loss.item() / count,
-            **{f"val_{name}": value / count for name, value in zip(LOGGED[method], logged)}}
-
-def in_words(found: dict) -> str:
-    """An evaluation as a line to read."""
-    return "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in found.items())
+            **{f"val_{name}": value / count for name, value in zip(LOGGED, logged)}}
 
 # ---------------------------------------------------------------- adapters
 
 LORA_ALPHA = 32
-
 class LoRA(nn.Linear):
     """y = x (W + s B A)^T + b with W and b frozen: A (r, in) and B (out, r) learn
-    (arXiv:2106.09685, equation 3). So gradients and optimizer state are small.
-
-    B begins at 0, and the model as it was. s = alpha / r makes the best learning rate about the
-    same for each rank, ten times that for all weights (https://thinkingmachines.ai/blog/lora).
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        limit = linear.in_features ** -0.5
-        self.lora_a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.uniform_(self.lora_a, -limit, limit)
-
+    (arXiv:2106.09685, equation 3). So gradients and optimizer state are small. s = alpha / r makes
+    the best learning rate about the same for each rank r, and ten times that for all weights
+    (https://thinkingmachines.ai/blog/lora)."""
     def forward(self, x):
         more = F.linear(F.linear(x, self.lora_a), self.lora_b)
         return super().forward(x) + more * (LORA_ALPHA / len(self.lora_a))
 
 class Adapted(GPT):
     """A GPT with adapters. What it saves for others has none: W + s B A is a matrix like W."""
-
     def save_pretrained(self, directory, weights: dict | None = None, tokenizer=None):
         merged = dict(self.state_dict() if weights is None else weights)
         for name in [name for name in merged if name.endswith("lora_a")]:
@@ -413,26 +351,18 @@ class Adapted(GPT):
         super().save_pretrained(directory, merged, tokenizer)
 
 def add_lora(model: GPT, rank: int):
-    """Put adapters on all matrices of the layers, and freeze everything else."""
+    """Put adapters on all matrices of the layers, and freeze everything else. A begins at random
+    and B at 0, so that the model begins as it was."""
     model.requires_grad_(False)
-    for layer in model.model.layers:
-        for part in layer.self_attn, layer.mlp:
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, LoRA(linear, rank))
     model.__class__ = Adapted
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__, limit = LoRA, module.in_features ** -0.5
+            a = module.weight.new_empty(rank, module.in_features).uniform_(-limit, limit)
+            module.lora_a = nn.Parameter(a)
+            module.lora_b = nn.Parameter(module.weight.new_zeros(module.out_features, rank))
 
 # ---------------------------------------------------------------- the story
-
-def new_tokens(model: Path, tokenizer: Path) -> int:
-    """How many tokens the tokenizer of the data adds to that of the model. They follow its own.
-    Raises ValueError if it is another one."""
-    if not (model / "tokenizer.json").exists():
-        return 0
-    old, new = (read_json(folder / "tokenizer.json") for folder in (model, tokenizer))
-    insist(old["model"] == new["model"] and new["added_tokens"][:len(old["added_tokens"])] ==
-           old["added_tokens"], f"the data was encoded with another tokenizer than that of {model}")
-    return len(new["added_tokens"]) - len(old["added_tokens"])
 
 def grow(model: GPT, new: int, known: int):
     """Rows for `new` tokens, after the `known` ones: the mean of those. So the model expects them
@@ -448,18 +378,15 @@ def grow(model: GPT, new: int, known: int):
 
 def scale_run(args, model, rows: int):
     """Fill in what was not asked for: learning rate and steps, by the sizes of model and data.
-
     The larger the model, the lower the rate: the powers go through what was found good for the 2
     million parameters of the first run (1e-3 for SFT, 1e-4 for DPO) and what is usual for 7 billion
-    (2e-5 and 5e-7).
-    """
+    (2e-5 and 5e-7)."""
     scale, power = {"sft": (1.45, -1 / 2), "dpo": (1.65, -2 / 3)}[args.method]
     rate = scale * model.count_parameters() ** power * (10 if args.lora else 1)
     args.lr = args.lr or float(f"{rate:.2g}")
     args.max_steps = args.max_steps or max(1, round(args.epochs * rows / args.batch))
 
 signals = []        # those that came since the loop began
-
 def note_signal(number, frame):
     """A signal is only noted when it comes, and answered after the step. A rank that left in the
     middle of a step would make the others wait for its gradients."""
@@ -469,87 +396,92 @@ def note_signal(number, frame):
 
 def finetune(argv=None) -> int:
     """Run it all. Returns the exit code; raises ValueError or OSError, one line, for bad input."""
-
     # ---- 1. What is asked for. What can be refused is refused before anything is written.
     args, saved = read_flags(argv)
     device = pick_device(args.device)
+    # Under torchrun several processes run this function, each on its own share of every batch.
+    # `rank` is the number of this process. All print the same lines; rank 0 prints them for all.
     rank, world_size = init_distributed(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    # All ranks print the same lines; rank 0 prints them for all. Errors go to stderr from any rank.
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
+    if device.type == "cpu":
+        keep_freed_memory()
     out = out_folder(args, args.method)
-    kind = {"sft": "chats", "dpo": "pairs"}[args.method]
+    rows, kind = args.batch, {"sft": "chats", "dpo": "pairs"}[args.method]
+    insist(rows % world_size == 0, f"--batch {rows} can't be divided among {world_size} rank(s)")
     print(f"Cutting {kind} into tokens, training {args.model} on them, saving to {out}.")
 
     # ---- 2. Text becomes token ids: once, while the other ranks wait.
     if rank == 0:
         token_files(args)
     all_sum([0])
-    train_files, val_files = token_files(args)
+    train_file, val_file, tokenizer = token_files(args)
     pretrained = GPT.from_pretrained(args.model, dtype=torch.get_default_dtype())   # fp32
-    T = args.block_size = args.block_size or pretrained.config.block_size
-    insist(T <= pretrained.config.block_size, f"--block_size {T}: {args.model} sees "
-           f"{pretrained.config.block_size}")
-    train_data, about = open_rows(train_files, kind, T)
-    val_data, val_about = open_rows(val_files, kind, T)
-    insist(val_about["tokenizer"] == about["tokenizer"], f"{train_files[0]} and {val_files[0]} were "
-           "made by different tokenizers")
-    insist(not saved or saved["digest"] == about["digest"], f"the data has changed since {out} was "
-           "begun: put it back, or start a new run")
-    # The tokenizer that made the ids goes beside the model: the model's, or it with chat tokens.
-    tokenizer = next((folder for folder in (Path(args.model), train_files[0].parent)
-                      if file_digest(folder / "tokenizer.json") == about["tokenizer"]), None)
-    insist(tokenizer, f"{train_files[0]} was encoded with another tokenizer than that of "
-           f"{args.model}, and it does not stand beside it")
+    sees = pretrained.config.block_size
+    T = args.block_size = args.block_size or sees
+    insist(T <= sees, f"--block_size {T}: {args.model} sees {sees}")
+    (train_data, noted), (val_data, val_noted) = (open_rows(file, kind, T)
+                                                  for file in (train_file, val_file))
+    digest = [noted["digest"], val_noted["digest"]]
+    insist(not saved or saved["digest"] == digest, f"the data has changed since {out} was begun: "
+           "put it back, or start a new run")
+    found = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+    insist(noted["tokenizer"] == val_noted["tokenizer"] == found, f"{train_file} and {val_file} "
+           f"were not encoded with the tokenizer in {tokenizer}")
+    # It has the tokens of the model's own tokenizer, and after them the new ones of chats.
+    known = len(read_json(Path(args.model, "tokenizer.json")).get("added_tokens", ()))
+    new = len(read_json(tokenizer / "tokenizer.json").get("added_tokens", ())) - known
 
-    # ---- 3. The model, and how long a run it deserves.
+    # ---- 3. The model, and how long a run it deserves. Its adapters follow from the seed.
     torch.manual_seed(args.seed)
-    new = new_tokens(Path(args.model), tokenizer)
     if new:
-        grow(pretrained, new, about["vocab_size"] - new)
+        grow(pretrained, new, noted["vocab_size"] - new)
+    # Copies. The opened weights are mapped from the file, and a matrix product can depend, in the
+    # last bit, on how its memory is aligned. A resumed run would then differ.
     model = GPT(replace(pretrained.config, dropout=args.dropout))
     model.load_state_dict(pretrained.state_dict())
+    del pretrained
     c, parameters = model.config, model.count_parameters()
-    insist(about["vocab_size"] <= c.vocab_size, f"{args.model} has {c.vocab_size} tokens; the data "
-           f"needs {about['vocab_size']}")
+    insist(noted["vocab_size"] <= c.vocab_size, f"{args.model} has {c.vocab_size} tokens; needed "
+           f"are {noted['vocab_size']}")
     scale_run(args, model, len(train_data))
-    rows = args.batch
-    insist(rows % world_size == 0, f"--batch {rows} can't be divided among {world_size} rank(s)")
     if args.lora:
         add_lora(model, args.lora)
         if new:         # what is new knows nothing yet, so its matrices learn in any case
             model.model.embed_tokens.requires_grad_(True), model.lm_head.requires_grad_(True)
-    learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    N = train_data.spans.shape[1]
-    at_once = max(1, int(4096 / N / train_data.lengths.mean()))
-    micro_batch = min(rows // world_size, args.micro_batch or at_once)
+    learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    row_tokens = train_data.spans.shape[1] * train_data.lengths.mean()
+    micro_batch = min(rows // world_size, args.micro_batch or max(1, int(4096 / row_tokens)))
     args.dtype = pick_dtype(device, args.dtype)
     sharded = args.fsdp and world_size > 1
     model = move_to_device(model, device, args.dtype, sharded)
-
     # Under autocast torch computes matrix products in the short type, and what needs range or
     # precision, such as softmax and losses, in fp32.
     def autocast():
         return torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
-    print(f"data    {len(train_data):,} {kind} to train on, {len(val_data):,} held out; "
-          f"{train_data.left_out} and {val_data.left_out} left out, {train_data.cut} and "
-          f"{val_data.cut} cut to {T} tokens\n"
-          f"model   {parameters:,} parameters, {learned:,} learn"
+    print(f"data    {len(train_data):,} {kind} to train on ({train_data.left_out:,} left out, "
+          f"{train_data.cut:,} cut to {T} tokens), {len(val_data):,} held out\n"
+          f"model   {parameters:,} parameters, {learning:,} learn"
           f"{', the whole embedding among them' if args.lora and new else ''}; {new} new tokens\n"
-          f"batch   {rows} {kind}, {micro_batch} at once on each of {world_size} rank(s)\n"
-          f"steps   {args.max_steps:,}: {args.max_steps * rows / len(train_data):.2f} epochs, lr up "
-          f"to {args.lr:.2g}\n"
+          f"batch   {rows} {kind}, {micro_batch} at once, on {world_size} rank(s)\n"
+          f"steps   {args.max_steps:,}: {args.max_steps * rows / len(train_data):.2f} epochs, "
+          f"lr up to {args.lr:.2g}\n"
           f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
-    how = micro_batch, rank, world_size, autocast
-    if args.method == "dpo":        # before the model changes: the reference, of the rows it will see
+    how, V = (micro_batch, rank, world_size, autocast), c.vocab_size
+    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
+    # In a resumed run, too, the model is here what it was before the first step: the reference.
+    model.eval()        # no dropout
+    if args.method == "dpo":
+        expected = f"a model that equals its reference has ln 2 = {math.log(2):.4f}"
         used = epoch_order(len(train_data), args.seed, 0)[:args.max_steps * rows]
         for data, numbers in (train_data, used), (val_data, np.arange(len(val_data))):
             data.reference[numbers] = log_probabilities(model, data, numbers, *how).float()
+    elif not saved:
+        found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
+        print(f"step     0  held out: loss {found['val_loss']:.4f}", flush=True)
 
     # ---- 4. The optimizer, and what a resumed run brings along.
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    optimizers = make_optimizers(model, "adamw", args.lr, args.weight_decay)
     # Small gradients become 0 in fp16. The scaler multiplies the loss by a large number and divides
     # the gradients by it again. Disabled, it changes nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
@@ -558,7 +490,7 @@ def finetune(argv=None) -> int:
     done = {"steps": 0, "tokens": 0, "seconds": 0.0, "best": math.inf, "metrics_bytes": 0}
     if saved:
         restore(saved, model, optimizers)
-        if saved["scaler"] and scaler.is_enabled():
+        if saved["scaler"]:     # empty where it was disabled
             scaler.load_state_dict(saved["scaler"])
         done = saved["done"]
     args.eval_every = args.eval_every or math.ceil(args.max_steps / 10)
@@ -571,19 +503,12 @@ def finetune(argv=None) -> int:
         # their lines go. Without a buffer each line is written at once and whole.
         metrics = open(out / "metrics.jsonl", "ab", buffering=0)
         metrics.truncate(min(done["metrics_bytes"], metrics.tell()))
+
     # ---- 5. The loop.
     signals.clear()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note_signal)
-    skipped, V = 0, c.vocab_size
-    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
-    if args.method == "dpo":
-        expected = f"a model that equals its reference has ln 2 = {math.log(2):.4f}"
-    names = LOGGED[args.method]
-    if not saved:
-        model.eval()
-        found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
-        print(f"step     0  held out: {in_words(found)}", flush=True)
+    skipped = 0
     # Two clocks: `since` the last log line, for the speed; `started` for the whole run, as if it
     # had never been interrupted.
     since, since_tokens = time.perf_counter(), done["tokens"]
@@ -620,14 +545,14 @@ def finetune(argv=None) -> int:
                 if not out_of_memory(error):
                     raise
             # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
-            # by rounding only. The graph of the failed pass must go first, because it holds most of
-            # the memory: the error referred to it, and is gone since the except block ended; `part`
-            # still does. And the parts before the failed one have already added to .grad.
+            # by rounding only. (Not under FSDP: there the other ranks wait in a collective.) The
+            # graph of the failed pass must go first, because it holds most of the memory. The error
+            # referred to it, and is gone since the except block ended; `part` still does. And the
+            # parts before the failed one have already added to .grad.
             part = None
             model.zero_grad()
-            if micro_batch == 1 or sharded:     # FSDP: other ranks wait in a collective
-                raise ValueError(f"out of memory with --micro_batch {micro_batch}: try a smaller "
-                                 "one, or a smaller --block_size or model")
+            insist(micro_batch > 1 and not sharded, "out of memory with --micro_batch "
+                   f"{micro_batch}: try a smaller one, or a smaller --block_size or model")
             args.micro_batch = micro_batch = (micro_batch + 1) // 2
             print(f"out of memory; from now on --micro_batch {micro_batch}", file=sys.stderr)
 
@@ -663,21 +588,18 @@ def finetune(argv=None) -> int:
         saving = last or stopping or (step + 1) % args.save_every == 0
         logging = evaluating or (step + 1) % args.log_every == 0
         row = {"step": step + 1, "tokens": done["tokens"], "seconds": round(done["seconds"], 3),
-               "loss": loss, "lr": lr, "grad_norm": grad_norm, **dict(zip(names, sums))}
-        shown = "".join(f"  {name} {row[name]:.3f}" for name in names[2:])
+               "loss": loss, "lr": lr, "grad_norm": grad_norm, **dict(zip(LOGGED, sums))}
         if step == 0:
             print(f"step     0  loss {loss:.4f} ({expected})")
         # In fp16 a few skipped steps are normal, until the scaler has found its factor. Many in a
         # row mean that the weights have left the region where the loss is finite.
         if skipped:
             print(f"step {step + 1}: the gradient is not finite; step skipped, {skipped} in a row")
-        if skipped == 20:
-            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+        insist(skipped < 20, "20 such steps in a row: try a lower --lr, or --dtype fp32")
         if logging:
             speed = (done["tokens"] - since_tokens) / (now - since)
-            to_come = done["tokens"] / done["steps"] * (args.max_steps - done["steps"])
-            left = timedelta(seconds=round(to_come / speed))
-            print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}{shown}  lr {lr:.2e}  "
+            left = timedelta(seconds=round(done["seconds"] * (args.max_steps / (step + 1) - 1)))
+            print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                   f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
         # Where a small text is read many times, the held-out loss turns upwards before the end. So
         # the model with the lowest one is kept beside the last, in OUT/best.
@@ -687,11 +609,12 @@ def finetune(argv=None) -> int:
             found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
             better = found["val_loss"] < done["best"]
             done["best"] = min(found["val_loss"], done["best"])
-            if last:            # at the end, over all held-out rows
+            if last:            # at the end, over all that is held out
                 found = evaluate(model, val_data, args.beta, len(val_data), *how)
             model.train()
             row |= found
-            print(f"step {step + 1:>5}  held out: {in_words(found)}", flush=True)
+            said = "  ".join(f"{name[4:]} {value:.4f}" for name, value in found.items())
+            print(f"step {step + 1:>5}  held out: {said}", flush=True)
         # Every rank takes part in collecting the tensors. Only then may anything fail that happens
         # on rank 0 alone, or the others would wait in a collective that it never enters.
         if saving or better:
@@ -711,8 +634,7 @@ def finetune(argv=None) -> int:
                     os.fsync(metrics.fileno())
                     done["metrics_bytes"] = metrics.tell()
                     save_checkpoint(out / "checkpoint.pt", state, script="finetune.py", done=done,
-                                    args=vars(args), digest=about["digest"],
-                                    scaler=scaler.state_dict())
+                                    args=vars(args), digest=digest, scaler=scaler.state_dict())
             except OSError as error:
                 # A full disk should not end a run of days: somebody may make room in time.
                 print(f"could not write all of {out}, where the last whole checkpoint still "
@@ -732,9 +654,10 @@ def finetune(argv=None) -> int:
     # ---- 6. What came out of it.
     if rank == 0:
         run("sample.py", "--curves", out)
-        if args.data is None:
-            run("sample.py", os.path.relpath(args.model), out, "--count", THOU, YOU, "--eval",
-                os.path.relpath(HERE / "data" / "shakespeare" / "chat" / "val.jsonl"))
+        if args.data is None:       # does it reply, and how often does it say thou, and you?
+            run("sample.py", os.path.relpath(args.model), out, "--count",
+                "(?i)thou|thee|thy|thine|thyself", "(?i)ye|you|your|yours|yourself|yourselves",
+                "--eval", os.path.relpath(HERE / "data" / "shakespeare" / "chat" / "val.jsonl"))
         print(f"\nNow you:  python sample.py {shlex.quote(str(out))} --chat")
     return 0
 

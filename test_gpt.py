@@ -1595,7 +1595,7 @@ def finetune_dir(saved, tokenizer, tmp_path_factory):
     return folder
 
 def rows_at(finetune_dir, kind, T=64):
-    return finetune.open_rows([finetune_dir / f"{kind}.npz"], kind, T)[0]
+    return finetune.open_rows(finetune_dir / f"{kind}.npz", kind, T)[0]
 
 def plainly(model, rows, i) -> list:
     """What finetune.py pads, chat by chat, without it: log p of each token to be learned."""
@@ -1673,7 +1673,7 @@ def test_long_chats_are_cut_and_useless_ones_are_left_out(saved, tmp_path):
                                        chat("far " * 99, "b", "c"), chat("a", "long " * 99, "c")])
     assert python("bpe.py", "encode", tmp_path / "x.jsonl", "--tokenizer", saved, "--out",
                   tmp_path / "x.npz").returncode == 0
-    rows, _ = finetune.open_rows([tmp_path / "x.npz"], "pairs", 40)
+    rows, _ = finetune.open_rows(tmp_path / "x.npz", "pairs", 40)
     assert (len(rows), rows.left_out, rows.cut) == (2, 2, 3)
     assert rows.lengths[1] == 40 and np.diff(rows.spans[1])[0, 0] == 41     # 40 tokens, 40 targets
 
@@ -2714,7 +2714,7 @@ def trl_steps(kind, npz: Path, folder: Path, settings: dict, pipe):
     import resource
     from transformers import TrainerCallback
     torch.set_num_threads(os.cpu_count())
-    times, (rows, _) = [], finetune.open_rows([npz], kind, 1024)
+    times, (rows, _) = [], finetune.open_rows(npz, kind, 1024)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -2772,7 +2772,7 @@ def bench_finetuning(folder: Path):
                 for name, contender in contenders.items():
                     seconds, memory[name] = contender()
                     times[name] += seconds[1:]
-            tokens = 4 * finetune.open_rows([npz], kind, 1024)[0].lengths.mean() * (1 + bool(best))
+            tokens = 4 * finetune.open_rows(npz, kind, 1024)[0].lengths.mean() * (1 + bool(best))
             print_speeds(f"{METHODS[kind]}, {folder.name}, 4 rows", tokens, {
                 name: sorted(found)[len(found) // 2] for name, found in times.items()}, memory)
 

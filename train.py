@@ -13,8 +13,8 @@
     python train.py --help                              # every flag, its unit and its default
 
 Everything from a batch to a saved checkpoint is in this file, in the order in which it happens.
-What it imports from gpt.py are functions of tensors, models and files; none of them prints or keeps
-a state. Four promises decide how it is written:
+gpt.py has the model, and functions of tensors, models and files; none of them prints or keeps a
+state. Four promises decide how this script is written:
 
 - A batch is a pure function of (seed, step), whatever the number of ranks. So a resumed run is the
   same run, and there is no position in the data to save.
@@ -25,11 +25,11 @@ a state. Four promises decide how it is written:
   the losses that it would have computed: on a CPU in fp32 to the last bit, elsewhere to rounding.
   (With --dropout every rank draws masks of its own, so another number of ranks draws others.)
 
-This script knows no text. bpe.py makes the token files; the commands are printed, so that you can
-run each alone. OUT becomes a model directory that transformers opens, with metrics.jsonl (one JSON
-object a line), curves.svg, checkpoint.pt, and in OUT/best the model of the evaluation with the
-lowest loss. Left out on purpose: anything but plain next-token prediction, and splitting a single
-matrix product over devices.
+This script reads token ids, not text. Where there are none yet, it runs bpe.py to make them, and
+prints the command, so that you can run it alone. OUT becomes a model directory that transformers
+opens, with metrics.jsonl (one JSON object a line), curves.svg, checkpoint.pt, and in OUT/best the
+model of the evaluation with the lowest loss. Left out on purpose: anything but plain next-token
+prediction, and splitting a single matrix product over devices.
 
 Reading order: settings, data, evaluation, then train(), the story from first line to last.
 finetune.py has the same order and loop: `diff train.py finetune.py` shows what finetuning changes.
@@ -55,11 +55,11 @@ import torch
 
 from gpt import (DTYPES, GPT, GPTConfig, all_sum, full_state, full_tensor, init_distributed, insist,
                  keep_freed_memory, learning_rate, leave, load_checkpoint, make_optimizers,
-                 move_to_device, out_of_memory, pick_device, pick_dtype,
-                 read_json, restore, save_checkpoint, sum_gradients)
+                 move_to_device, out_of_memory, pick_device, pick_dtype, read_json, restore,
+                 save_checkpoint, sum_gradients)
 
 HERE = Path(__file__).resolve().parent
-# Held-out tokens at an evaluation; at the end, all.
+# Held-out tokens that an evaluation takes. The last evaluation takes all.
 EVAL_TOKENS = 32768
 
 # ---------------------------------------------------------------- settings
@@ -72,10 +72,9 @@ def make_parser() -> Parser:
     """Every flag with its unit and default."""
     parser = Parser("train.py", description="Pretrain a GPT on text. Defaults in brackets.")
     add = parser.add_argument_group("files").add_argument
-    add("--data", nargs="+", metavar="FILE", type=os.path.abspath,
-        help=".txt, .jsonl, folders of them, or token ids in .npy [the plays of Shakespeare]")
-    add("--val_data", nargs="+", metavar="FILE", type=os.path.abspath,
-        help="the same, to validate on [the last tenth of --data]")
+    files = {"nargs": "+", "metavar": "FILE", "type": os.path.abspath}
+    add("--data", **files, help="text: .txt, .jsonl, folders; or ids: .npy [Shakespeare's plays]")
+    add("--val_data", **files, help="the same, to validate on [the last tenth of --data]")
     add("--model", metavar="DIR", type=os.path.abspath, help="train this model further [a new one]")
     add("--out", metavar="DIR", help="where the run goes [out/NAME, numbered if taken]")
     add("--resume", action="store_true", help="continue the run in --out [the newest], or begin it")
@@ -97,8 +96,7 @@ def make_parser() -> Parser:
         help="muon learns more from each batch, and needs torch 2.9 [%(default)s]")
     add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
     add("--grad_clip", type=float, default=1.0, help="longest gradient [%(default)s]")
-    add("--dropout", type=float, default=0.0,
-        help="raise it when the held-out loss turns upwards [%(default)s]")
+    add("--dropout", type=float, default=0.0, help="more if the held-out loss rises [%(default)s]")
     add("--seed", type=int, default=1, help="of first weights, batches, dropout [%(default)s]")
     add = parser.add_argument_group("running").add_argument
     add("--device", choices=("cpu", "cuda", "mps"), help="[the fastest one here]")
@@ -167,65 +165,60 @@ def run(script: str, *arguments):
 
 def token_files(args) -> tuple[list[Path], list[Path]]:
     """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
-
     Those of a text are in data/tokens/NAME-SIZE-KEY. KEY is a digest of all that they depend on:
     the text files (name, size, time of change), the vocabulary (its size, or the tokenizer of
-    --model), and bpe.py itself. Whatever changes, the key changes: nothing stale can be found.
-    """
+    --model), and bpe.py itself. Whatever changes, the key changes: nothing stale can be found."""
     data, val = args.data, args.val_data or []
-    if data is None:
-        # The second is the text that data/shakespeare.py falls back to.
+    if data is None:        # the plays, or the text that data/shakespeare.py falls back to
         folders = [HERE / "data" / name for name in ("shakespeare", "manual")]
         if not any(folder.exists() for folder in folders):
             run("data/shakespeare.py")
-        data, val = next(([folder / "train"], [folder / "val"]) for folder in folders
-                         if folder.exists())
+        folder = folders[0] if folders[0].exists() else folders[1]
+        data, val = [folder / "train"], [folder / "val"]
     data, val = ([Path(os.path.relpath(path)) for path in paths] for paths in (data, val))
     endings = {path.suffix for path in data + val}
     if ".npy" in endings:
         insist(endings == {".npy"}, "give text, or .npy files (then also for --val_data); not both")
         return data, val
 
-    given = Path(args.model, "tokenizer.json") if args.model else None
-    facts = [(HERE / "bpe.py").read_bytes(), given.read_bytes() if given else args.vocab_size,
-             len(data)]
-    for path in data + val:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
-        facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    model = Path(os.path.relpath(args.model)) if args.model else None
+    vocabulary = (model / "tokenizer.json").read_bytes() if model else args.vocab_size
+    facts = [(HERE / "bpe.py").read_bytes(), vocabulary, len(data)]
+    files = [file for path in data + val for file in sorted(path.rglob("*")) or [path]]
+    facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    name = f"{data[0].stem}-{Path(args.model).name if given else args.vocab_size}-{key}"
-    folder = Path(os.path.relpath(HERE / "data" / "tokens" / name))
+    made_for = model.name if model else args.vocab_size
+    folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
     # bpe.py writes each file whole, and these last: what is there is complete.
-    if not given and not (folder / "tokenizer.json").exists():
+    if not model and not (folder / "tokenizer.json").exists():
         # GPT-2's split keeps the end of a line apart from what stands before it. In newer ones
         # ":\n" can be one token, so that no text that was trained on has ":" alone before "\n".
         run("bpe.py", "train", *data, "--part", parts[0], "--vocab_size", args.vocab_size,
             "--pattern", "gpt2", "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
         if not (folder / f"{name}.npy.json").exists():
-            run("bpe.py", "encode", *texts, "--part", part, "--tokenizer",
-                os.path.relpath(args.model) if given else folder, "--out", folder / f"{name}.npy")
+            run("bpe.py", "encode", *texts, "--part", part, "--tokenizer", model or folder,
+                "--out", folder / f"{name}.npy")
     return [folder / "train.npy"], [folder / "val.npy"]
 
 def open_tokens(paths: list[Path]) -> tuple[np.ndarray, list[dict]]:
-    """-> (the ids of all files as one row, what is known of each: its number of tokens, a digest,
-    the size of the vocabulary and, where bpe.py made it, what else it noted beside it)"""
+    """-> (the ids of all files as one row, what is known of each file: its number of tokens, a
+    digest, the size of its vocabulary, the tokenizer, and what else bpe.py noted beside it)"""
     parts, notes = [], []
     for path in paths:
         try:
             part = np.load(path, mmap_mode="r", allow_pickle=False)
             insist(part.ndim == 1 and part.dtype.kind in "iu" and len(part) and part[0] >= 0,
                    f"it has {part.dtype} of shape {part.shape}")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} holds no row of token ids: {error}") from None
-        noted = {"tokens": len(part), "tokenizer": None}
-        if Path(f"{path}.json").exists():
-            noted = read_json(f"{path}.json")
-        else:       # not of bpe.py: only the ids themselves can tell
-            noted |= {"digest": hashlib.sha256(part).hexdigest(), "vocab_size": int(part.max()) + 1}
-        insist(noted["tokens"] == len(part), f"{path} has {len(part)} tokens, but {path}.json says "
-               f"{noted['tokens']}: encode the text again")
+            # Where bpe.py did not make it, only the ids themselves can tell.
+            noted = (read_json(f"{path}.json") if Path(f"{path}.json").exists() else
+                     {"tokens": len(part), "tokenizer": None, "vocab_size": int(part.max()) + 1,
+                      "digest": hashlib.sha256(part).hexdigest()})
+            insist(noted["tokens"] == len(part), f"it has {len(part)} tokens, but {path}.json says "
+                   f"{noted['tokens']}: encode the text again")
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"{path} can't be used as a row of token ids: {error}") from None
         parts, notes = [*parts, part], [*notes, noted]
     # One file stays on the disk, and memory holds what is looked at. Several are copied into it.
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)), notes
@@ -238,10 +231,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
     """All rows of a step, for all ranks: tokens (rows, T) and, shifted by one, targets (rows, T).
-
     The text is cut into windows of T tokens. An epoch takes each window once, in an order of its
-    own, and cuts the text at positions of its own, so that the model meets new beginnings.
-    """
+    own, and cuts the text at positions of its own, so that the model meets new beginnings."""
     n = max(1, len(data) // T - 1)          # one window less than there are: room for the cut
     starts = []
     for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows)):
@@ -257,11 +248,9 @@ def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
 def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, rank: int,
              world_size: int, autocast) -> dict:
     """Mean loss on held-out text, in nats per token, over windows of T tokens side by side.
-
     Each token but the first is predicted once, from those before it in its window. If there are
     more than at_most tokens, evenly spread windows are taken, with no more than that together.
-    Every rank computes its share of them. A collective.
-    """
+    Every rank computes its share of them. A collective."""
     device = next(model.parameters()).device
     starts = np.arange(0, len(data) - 1, T)
     starts = starts[::math.ceil(len(data) / at_most)].tolist()
@@ -285,14 +274,12 @@ def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, ra
 def scale_run(args, model, text: int):
     """Fill in what was not asked for: batch, steps and learning rate, by the sizes of the model and
     of the text (in tokens), whatever the number of ranks.
-
     Steps: 20 tokens for each parameter, where a training budget is spent best (arXiv:2203.15556,
     table 3), but each token of the text at most twice: more pays off until about four times
     (arXiv:2305.16264), and the first run should be over soon.
     Batch and rate: the more computing, the larger the one and the lower the other, with the powers
     of DeepSeek LLM (arXiv:2401.02954, eq. 1). Its constants are for runs of 1e17 operations and
-    more; ours are such that the first run, of 4e13, has what it was found to learn most with.
-    """
+    more; ours are such that the first run, of 4e13, has what it was found to learn most with."""
     tokens = min(20 * model.count_parameters(), 2 * text)
     operations = tokens * model.flops_per_token(args.block_size)
     rows = 2 ** round(math.log2(max(1, 0.073 * operations ** 0.3271 / args.block_size)))
@@ -301,7 +288,6 @@ def scale_run(args, model, text: int):
     args.max_steps = args.max_steps or max(1, round(tokens / args.batch_tokens))
 
 signals = []        # those that came since the loop began
-
 def note_signal(number, frame):
     """A signal is only noted when it comes, and answered after the step. A rank that left in the
     middle of a step would make the others wait for its gradients."""
@@ -311,16 +297,16 @@ def note_signal(number, frame):
 
 def train(argv=None) -> int:
     """Run it all. Returns the exit code; raises ValueError or OSError, one line, for bad input."""
-
     # ---- 1. What is asked for. What can be refused is refused before anything is written.
     args, saved = read_flags(argv)
     device = pick_device(args.device)
+    # Under torchrun several processes run this function, each on its own share of every batch.
+    # `rank` is the number of this process. All print the same lines; rank 0 prints them for all.
     rank, world_size = init_distributed(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    # All ranks print the same lines; rank 0 prints them for all. Errors go to stderr from any rank.
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
+    if device.type == "cpu":
+        keep_freed_memory()
     T = args.block_size
     shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_embd", "n_head",
                                                     "n_kv_head", "dropout")}
@@ -338,7 +324,7 @@ def train(argv=None) -> int:
     train_data, notes = open_tokens(train_files)
     if val_files:
         val_data, val_notes = open_tokens(val_files)
-    else:
+    else:       # token ids without --val_data
         cut = len(train_data) * 9 // 10
         train_data, val_data, val_notes = train_data[:cut], train_data[cut:], []
     for kind, data in ("training", train_data), ("held-out", val_data):
@@ -352,7 +338,7 @@ def train(argv=None) -> int:
     file = tokenizer / "tokenizer.json"
     found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
     made_by = {noted["tokenizer"] for noted in notes + val_notes}
-    insist(len(made_by) == 1 and (not args.model or made_by <= {None, found}), "not all token files "
+    insist(len(made_by) == 1 and (not args.model or made_by <= {None, found}), "not all token ids "
            "were made by the same tokenizer, which must be that of --model if there is one")
     if found is None or made_by != {found} and not args.model:
         print(f"no tokenizer of {train_files[0]} is beside it: the model will know only numbers")
@@ -367,6 +353,7 @@ def train(argv=None) -> int:
         # Copies. The opened weights are mapped from the file, and a matrix product can depend, in
         # the last bit, on how its memory is aligned. A resumed run would then differ.
         model.load_state_dict(pretrained.state_dict())
+        del pretrained
     else:
         model = GPT(GPTConfig(vocab_size, **shape))
     c, parameters, flops = model.config, model.count_parameters(), model.flops_per_token(T)
@@ -376,16 +363,13 @@ def train(argv=None) -> int:
         insist(getattr(args, name) in (None, getattr(c, name)), f"--{name} is for a new model; "
                f"{args.model} has {getattr(c, name)}")
     scale_run(args, model, len(train_data))
-    # Rows of the whole batch; each rank takes an equal share of them.
     rows, unit = args.batch_tokens // T, T * world_size
-    insist(args.batch_tokens % unit == 0, f"--batch_tokens {args.batch_tokens} is not a whole "
-           f"number of rows of --block_size {T} for each of {world_size} rank(s); the nearest that "
-           f"is: {max(1, round(args.batch_tokens / unit)) * unit}")
+    insist(args.batch_tokens % unit == 0, f"--batch_tokens {args.batch_tokens} must be a multiple "
+           f"of {unit}, which is --block_size {T} times {world_size} rank(s)")
     micro_batch = min(rows // world_size, args.micro_batch or max(1, 16384 // T))
     args.dtype = pick_dtype(device, args.dtype)
     sharded = args.fsdp and world_size > 1
     model = move_to_device(model, device, args.dtype, sharded)
-
     # Under autocast torch computes matrix products in the short type, and what needs range or
     # precision, such as softmax and losses, in fp32.
     def autocast():
@@ -393,11 +377,24 @@ def train(argv=None) -> int:
     print(f"data    {len(train_data):,} tokens to train on, {len(val_data):,} held out\n"
           f"model   {parameters:,} parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} "
           f"heads ({c.n_kv_head} for keys and values), vocabulary {c.vocab_size:,}\n"
-          f"batch   {args.batch_tokens:,} tokens: {rows} rows of {T}, {micro_batch} at once, on "
-          f"{world_size} rank(s)\n"
+          f"batch   {rows} rows of {T} tokens, {micro_batch} at once, on {world_size} rank(s)\n"
           f"steps   {args.max_steps:,}: {args.max_steps * args.batch_tokens / len(train_data):.1f} "
           f"epochs of {flops / 1e6:,.0f} million operations a token, lr up to {args.lr:.2g}\n"
           f"run     on {device.type}, in {args.dtype}; Ctrl-C saves and stops", flush=True)
+    compiling = device.type == "cuda" if args.compile is None else args.compile
+    if compiling:
+        try:        # something small: is there a C++ compiler, and does Triton know this GPU?
+            torch.compile(torch.square)(torch.ones(9, device=device))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            insist(not args.compile, f"--compile does not work here: {reason}")
+            print(f"torch.compile does not work here, so the run is slower: {reason}")
+            compiling = False
+    forward = torch.compile(model, dynamic=False) if compiling else model
+    how, V = (micro_batch, rank, world_size, autocast), c.vocab_size
+    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
+    val_bytes = sum(noted.get("bytes", 0) for noted in val_notes)       # 0: nobody has counted
+    gzip_bpb = val_notes[0]["gzip_bpb"] if val_bytes else None
 
     # ---- 4. The optimizer, and what a resumed run brings along.
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
@@ -409,7 +406,7 @@ def train(argv=None) -> int:
     done = {"steps": 0, "tokens": 0, "seconds": 0.0, "best": math.inf, "metrics_bytes": 0}
     if saved:
         restore(saved, model, optimizers)
-        if saved["scaler"] and scaler.is_enabled():
+        if saved["scaler"]:     # empty where it was disabled
             scaler.load_state_dict(saved["scaler"])
         done = saved["done"]
     args.eval_every = args.eval_every or math.ceil(args.max_steps / 10)
@@ -422,15 +419,12 @@ def train(argv=None) -> int:
         # their lines go. Without a buffer each line is written at once and whole.
         metrics = open(out / "metrics.jsonl", "ab", buffering=0)
         metrics.truncate(min(done["metrics_bytes"], metrics.tell()))
-    compiling = args.compile if args.compile is not None else device.type == "cuda"
-    forward = torch.compile(model, dynamic=False) if compiling else model
 
     # ---- 5. The loop.
     signals.clear()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note_signal)
-    skipped, V = 0, c.vocab_size
-    expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
+    skipped = 0
     # Two clocks: `since` the last log line, for the speed; `started` for the whole run, as if it
     # had never been interrupted.
     since, since_tokens = time.perf_counter(), done["tokens"]
@@ -465,14 +459,14 @@ def train(argv=None) -> int:
                 if not out_of_memory(error):
                     raise
             # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
-            # by rounding only. The graph of the failed pass must go first, because it holds most of
-            # the memory: the error referred to it, and is gone since the except block ended; `part`
-            # still does. And the parts before the failed one have already added to .grad.
+            # by rounding only. (Not under FSDP: there the other ranks wait in a collective.) The
+            # graph of the failed pass must go first, because it holds most of the memory. The error
+            # referred to it, and is gone since the except block ended; `part` still does. And the
+            # parts before the failed one have already added to .grad.
             part = None
             model.zero_grad()
-            if micro_batch == 1 or sharded:     # FSDP: other ranks wait in a collective
-                raise ValueError(f"out of memory with --micro_batch {micro_batch}: try a smaller "
-                                 "one, or a smaller --block_size or model")
+            insist(micro_batch > 1 and not sharded, "out of memory with --micro_batch "
+                   f"{micro_batch}: try a smaller one, or a smaller --block_size or model")
             args.micro_batch = micro_batch = (micro_batch + 1) // 2
             print(f"out of memory; from now on --micro_batch {micro_batch}", file=sys.stderr)
 
@@ -515,12 +509,10 @@ def train(argv=None) -> int:
         # row mean that the weights have left the region where the loss is finite.
         if skipped:
             print(f"step {step + 1}: the gradient is not finite; step skipped, {skipped} in a row")
-        if skipped == 20:
-            raise ValueError("20 such steps in a row: try a lower --lr, or --dtype fp32")
+        insist(skipped < 20, "20 such steps in a row: try a lower --lr, or --dtype fp32")
         if logging:
             speed = (done["tokens"] - since_tokens) / (now - since)
-            to_come = done["tokens"] / done["steps"] * (args.max_steps - done["steps"])
-            left = timedelta(seconds=round(to_come / speed))
+            left = timedelta(seconds=round(done["seconds"] * (args.max_steps / (step + 1) - 1)))
             print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                   f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
         # Where a small text is read many times, the held-out loss turns upwards before the end. So
@@ -528,22 +520,18 @@ def train(argv=None) -> int:
         better = False
         if evaluating:
             model.eval()        # no dropout
-            how = micro_batch, rank, world_size, autocast
             found = evaluate(model, val_data, T, EVAL_TOKENS, *how)
             better = found["val_loss"] < done["best"]
             done["best"] = min(found["val_loss"], done["best"])
-            if last:            # at the end, over all of the held-out text
+            if last:            # at the end, over all that is held out
                 found = evaluate(model, val_data, T, len(val_data), *how)
             model.train()
             row |= found
-            print(f"step {step + 1:>5}  held out: {found['val_loss']:.4f} nats per token over "
-                  f"{found['val_tokens']:,} tokens", flush=True)
-            # Bits per byte compares models whatever their tokenizers.
-            if val_notes and "bytes" in val_notes[0]:
-                tokens_per_byte = (len(val_data) - 1) / sum(noted["bytes"] for noted in val_notes)
-                row["val_bpb"] = found["val_loss"] * tokens_per_byte / math.log(2)
-                print(f"            {row['val_bpb']:.4f} bits per byte (gzip needs "
-                      f"{val_notes[0]['gzip_bpb']:.2f})", flush=True)
+            said = f"{found['val_loss']:.4f} nats per token over {found['val_tokens']:,} tokens"
+            if val_bytes:       # bits per byte compares models whatever their tokenizers
+                row["val_bpb"] = found["val_loss"] * (len(val_data) - 1) / val_bytes / math.log(2)
+                said += f", {row['val_bpb']:.4f} bits per byte (gzip needs {gzip_bpb:.2f})"
+            print(f"step {step + 1:>5}  held out: {said}", flush=True)
         # Every rank takes part in collecting the tensors. Only then may anything fail that happens
         # on rank 0 alone, or the others would wait in a collective that it never enters.
         if saving or better:
@@ -563,8 +551,7 @@ def train(argv=None) -> int:
                     os.fsync(metrics.fileno())
                     done["metrics_bytes"] = metrics.tell()
                     save_checkpoint(out / "checkpoint.pt", state, script="train.py", done=done,
-                                    args=vars(args), digest=digest,
-                                    scaler=scaler.state_dict())
+                                    args=vars(args), digest=digest, scaler=scaler.state_dict())
             except OSError as error:
                 # A full disk should not end a run of days: somebody may make room in time.
                 print(f"could not write all of {out}, where the last whole checkpoint still "
