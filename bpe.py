@@ -839,8 +839,9 @@ def chat_command(args):
     """make a tokenizer ready for chats: their tokens, their template, what ends a reply"""
     Tokenizer.load(args.tokenizer)            # refuses what is not implemented
     file = tokenizer_file(args.tokenizer)
-    tokenizer, config = read_json(file), file.with_name("tokenizer_config.json")
-    config = read_json(config) if config.exists() else {}
+    tokenizer, config, generation = (
+        read_json(path) if path.exists() else {} for path in (
+            file, file.with_name("tokenizer_config.json"), file.with_name("generation_config.json")))
     added = tokenizer["added_tokens"] = tokenizer.get("added_tokens") or []
     ids = {token["content"]: token["id"] for token in added}
     for name in CHAT_TOKENS:
@@ -851,8 +852,9 @@ def chat_command(args):
     write_json(Path(args.out, "tokenizer.json"), tokenizer)
     write_json(Path(args.out, "tokenizer_config.json"), config | {
         "chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]})
-    write_json(Path(args.out, "generation_config.json"), {
-        "bos_token_id": ids.get(DIVIDERS[0], start), "eos_token_id": end})
+    ends = generation.get("eos_token_id", [])               # an id, or a list of them
+    ends = {*(ends if isinstance(ends, list) else [ends]), end}
+    write_json(Path(args.out, "generation_config.json"), generation | {"eos_token_id": sorted(ends)})
     print(f"{args.out}: a reply begins after {CHAT_TOKENS[0]} ({start}) and ends with "
           f"{CHAT_TOKENS[1]} ({end})")
 

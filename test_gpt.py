@@ -536,13 +536,14 @@ def test_chat_adds_what_a_tokenizer_lacks(tokenizer, saved, tmp_path):
     (tmp_path / "old/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(
         {"eos_token": {"__type": "AddedToken", "content": "</s>"}}), encoding="utf-8")
+    (tmp_path / "old/generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
     write_lines(tmp_path / "chats.jsonl", [{"messages": CHAT}])
     out = tmp_path / "new"
     assert bpe.main(["chat", "--tokenizer", str(tmp_path / "old"), "--out", str(out)]) == 0
     ours, peer = bpe.Tokenizer.load(out), transformers.AutoTokenizer.from_pretrained(out)
     assert ours.special_tokens == {SPECIAL[1]: len(tokenizer) - 3, SPECIAL[2]: len(tokenizer) - 2}
-    assert peer.eos_token == "<|im_end|>" and peer.eos_token_id == json.loads(
-        (out / "generation_config.json").read_text())["eos_token_id"]
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
     assert bpe.main(["encode", str(tmp_path / "chats.jsonl"), "--tokenizer", str(out), "--out",
                      str(tmp_path / "chats.npz")]) == 0
     assert np.load(tmp_path / "chats.npz")["ids"].tolist() == bpe.encode_chat(ours, CHAT)[0]
