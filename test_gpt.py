@@ -1,7 +1,7 @@
 """The tests: what the scripts promise, each promise compared with an independent answer.
 
     pip install torch==2.13.0 numpy pytest safetensors tokenizers transformers tiktoken && pytest
-    python test_gpt.py bench        # speed and memory beside other projects, as a table
+    python test_gpt.py bench        # speed and memory beside other projects, as tables
 
 An answer is independent when it comes from another library (transformers, tokenizers, tiktoken,
 safetensors, trl: used where they are installed, skipped where not), from a formula worked by hand,
@@ -14,6 +14,7 @@ import contextlib
 import copy
 import doctest
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -23,6 +24,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,8 +33,11 @@ import sysconfig
 import tempfile
 import time
 import unicodedata
+import weakref
 import zipfile
+import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -65,6 +70,14 @@ def write_lines(path, rows) -> Path:
 
 def read_lines(path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+@contextlib.contextmanager
+def refused(*named):
+    """ValueError is raised, with one line that names all of these."""
+    with pytest.raises(ValueError) as refusal:
+        yield
+    said = str(refusal.value)
+    assert all(str(name) in said for name in named) and "\n" not in said, said
 
 # ---------------------------------------------------------------- bpe.py
 
@@ -567,16 +580,6 @@ def noisy(model: GPT) -> GPT:
 def ids(*shape, vocab_size=61, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
-def test_rotated_queries_and_keys_know_only_their_distance():
-    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-
-    def score(m, n):
-        cos, sin = gpt.rotary(torch.tensor([m, n]), tiny(head_dim=8).config)
-        return (gpt.rotate(q, cos[:1], sin[:1]) * gpt.rotate(k, cos[1:], sin[1:])).sum().item()
-    # angles are fp32, so equal up to its rounding
-    assert score(7, 3) == pytest.approx(score(94, 90), abs=1e-5)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-3
-
 @pytest.mark.parametrize("T, S", [(5, 5), (1, 5), (3, 5), (1, 1)])
 def test_attention_equals_a_loop_over_heads_and_positions(T, S):
     generator = torch.Generator().manual_seed(0)
@@ -584,7 +587,7 @@ def test_attention_equals_a_loop_over_heads_and_positions(T, S):
     k, v = (torch.randn(2, 2, S, 6, generator=generator) for _ in range(2))
     expected = torch.zeros(2, 4, T, 6)
     for b, h, t in itertools.product(range(2), range(4), range(T)):
-        visible = S - T + t + 1
+        visible = S - T + t + 1         # none of the later ones
         scores = torch.stack([q[b, h, t] @ k[b, h // 2, s] for s in range(visible)]) / math.sqrt(6)
         expected[b, h, t] = scores.softmax(0) @ v[b, h // 2, :visible]
     assert torch.allclose(gpt.attend(q, k, v), expected, atol=1e-5)
@@ -604,14 +607,6 @@ def test_the_norm_is_its_formula_in_the_type_of_its_input():
     finally:
         torch.set_autocast_enabled("cuda", False)
 
-def test_a_later_token_cannot_move_an_earlier_logit():
-    model, tokens = tiny(), ids(1, 20)
-    changed = tokens.clone()
-    changed[0, 12] = (changed[0, 12] + 1) % 61
-    before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])
-    assert not torch.allclose(before[:, 12:], after[:, 12:])
-
 @pytest.mark.parametrize("width", [16, 64])
 def test_a_fresh_model_knows_nothing(width):
     # Logits 0 would give every token the probability 1/V, a loss of ln V. They are normal with the
@@ -628,7 +623,8 @@ def test_parameters_and_operations_match_a_count_by_hand():
     matrices = 2 * (attention + 3 * 40 * 72) + 61 * 40
     assert model.count_parameters() == matrices + 2 * (2 * 40 + 2 * 14) + 40        # and norms
     assert model.flops_per_token(96) == 6 * matrices + 12 * 2 * 4 * 14 * 96
-    old = GPT(GPTConfig(50257, 1024, 12, 768, 12, **gpt.FAMILIES["gpt2"]))
+    with torch.device("meta"):
+        old = GPT(GPTConfig(50257, 1024, 12, 768, 12, **gpt.FAMILIES["gpt2"]))
     assert old.count_parameters() == 124_439_808        # GPT-2's own: "124M"
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -647,14 +643,13 @@ def test_parameters_and_operations_match_a_count_by_hand():
     (gpt.FAMILIES["gpt2"], ("2", "14")), (dict(rope_scaling={"rope_type": "yarn"}), ("yarn",)),
     (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("'2'",))])
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named):
-    with pytest.raises(ValueError) as refusal:
+    with refused(*named):
         tiny(**fields)
-    assert all(word in str(refusal.value) for word in named) and "\n" not in str(refusal.value)
 
 # ---------------------------------------------------------------- gpt.py: the loss
 
 def test_targets_of_minus_100_are_left_out():
-    model, tokens, targets = tiny(), ids(2, 9), ids(2, 9, seed=1)
+    model, tokens, targets = tiny(tie_embeddings=False), ids(2, 9), ids(2, 9, seed=1)
     targets[0, 3:] = -100
     log_p = model(tokens).log_softmax(-1)
     expected = torch.zeros(2, 9)
@@ -665,13 +660,12 @@ def test_targets_of_minus_100_are_left_out():
     nothing = model(tokens, torch.full_like(targets, -100))
     nothing.backward()
     assert nothing.item() == 0 and all((w.grad == 0).all() for w in model.parameters())
-
-def test_a_position_without_target_has_no_gradient_however_large_its_logits():
-    model, tokens = tiny(tie_embeddings=False), ids(1, 4)
-    with torch.no_grad():       # token 5 lies 1000 above token 0, which exp() of fp32 can't express
+    # They have no gradient, however large their logits: token 5 now lies 1000 above token 0, which
+    # exp() of fp32 can't express.
+    with torch.no_grad():
         model.lm_head.weight[5] = 1000 / 40
         model.model.norm.weight.fill_(1.0)
-    model(tokens, torch.tensor([[3, -100, -100, 7]])).backward()
+    model(tokens[:1, :4], torch.tensor([[3, -100, -100, 7]])).backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 def test_half_precision_keeps_the_loss_in_fp32_and_fp16_the_residual_stream():
@@ -713,35 +707,22 @@ def test_every_weight_that_learns_is_optimized_once_and_only_matrices_decay(name
         pytest.skip("torch has no Muon before 2.9")
     model = tiny()
     model.model.layers[0].requires_grad_(False)
-    groups = [group for optimizer in gpt.make_optimizers(model, name, 1e-3, 0.1)
-              for group in optimizer.param_groups]
-    found = [(id(w), group["weight_decay"]) for group in groups for w in group["params"]]
-    expected = [(id(w), 0.1 if w.dim() == 2 else 0.0) for w in model.parameters() if w.requires_grad]
-    assert sorted(found) == sorted(expected)
+    found = [(id(weight), group["weight_decay"])
+             for optimizer in gpt.make_optimizers(model, name, 1e-3, 0.1)
+             for group in optimizer.param_groups for weight in group["params"]]
+    assert sorted(found) == sorted((id(weight), 0.1 if weight.dim() == 2 else 0.0)
+                                   for weight in model.parameters() if weight.requires_grad)
 
 # ---------------------------------------------------------------- gpt.py: generation
 
-class NoCache:
-    """What KVCache promises to compute, plainly."""
-
-    def __init__(self, model, size):
-        self.model, self.size = model, size
-
-    def __call__(self, tokens):
-        return self.model(tokens)[:, -1]
-
 @pytest.mark.parametrize("family", gpt.FAMILIES)
-def test_generation_with_a_cache_equals_generation_without(family):
-    # 60 positions of context, 20 + 130 tokens: the cache fills and is emptied by half, four times
-    model, tokens = noisy(tiny_of(family, block_size=60)), ids(3, 20)
-    cached, plain = (torch.stack(list(model.generate(tokens, 130, temperature=0, cache=cache)))
-                     for cache in (None, NoCache(model, 60)))
-    assert torch.equal(cached, plain)
-    context = tokens            # and by hand: greedy, and the older half is forgotten
-    for step in plain[:60]:
+def test_generation_with_a_cache_equals_generation_by_hand(family):
+    # 60 positions of context, 20 + 140 tokens: the older half is forgotten four times.
+    model, context = noisy(tiny_of(family, block_size=60)), ids(3, 20)
+    for step in model.generate(context, 140, temperature=0):
+        context = context[:, -30:] if context.shape[1] > 60 else context
         assert torch.equal(model(context)[:, -1].argmax(-1), step)
         context = torch.cat([context, step[:, None]], dim=1)
-        context = context[:, -30:] if context.shape[1] > 60 else context
 
 def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
     model, computed, hidden = noisy(tiny()), [], GPT.hidden
@@ -762,10 +743,9 @@ def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
         prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
 
 def test_a_cache_that_was_interrupted_holds_what_it_says(monkeypatch):
-    model, tokens = noisy(tiny()), ids(1, 40)
+    model, tokens, attend = noisy(tiny()), ids(1, 40), gpt.KVCache.attend
     cache, other = gpt.KVCache(model, 1, 96), torch.cat([ids(1, 10), ids(1, 20, seed=5)], dim=1)
     cache(tokens)
-    attend = gpt.KVCache.attend
 
     def interrupted(self, layer, *rest):
         if layer == 1:
@@ -780,8 +760,7 @@ def test_a_cache_that_was_interrupted_holds_what_it_says(monkeypatch):
 def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
     for family in "gpt2", "qwen3":
         model = noisy(tiny_of(family, tie_embeddings=family == "gpt2"))
-        small = gpt.quantize(copy.deepcopy(model))
-        rounded = copy.deepcopy(model)
+        small, rounded = gpt.quantize(copy.deepcopy(model)), copy.deepcopy(model)
         for module in [module for module in rounded.modules() if type(module) is torch.nn.Linear]:
             weight = module.weight.detach()
             step = weight.abs().amax(dim=1, keepdim=True) / 127
@@ -792,30 +771,26 @@ def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
             assert (small(tokens) - model(tokens)).abs().max() > 1e-3
         assert torch.equal(*(torch.stack(list(m.generate(ids(2, 9), 30, temperature=0)))
                              for m in (small, rounded)))
-        with pytest.raises(ValueError, match="int8"):
+        with refused("int8"):
             small.save_pretrained(tmp_path)
         matrices = [sum(w.nbytes for w in m.model.layers.parameters()) for m in (small, model)]
         assert matrices[0] < 0.3 * matrices[1]
 
 def test_sampling_draws_from_the_distribution_it_says():
-    p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+    p, first = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]), torch.tensor([1.0, 0, 0, 0, 0])
     logits, generator = p.log().expand(20000, 5), torch.Generator().manual_seed(0)
-
-    def shares(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-        drawn = gpt.sample_next_token(logits, temperature, top_k, top_p, min_p, generator)
-        return torch.bincount(drawn, minlength=5) / 20000
-    # 20000 draws: a standard deviation is at most 0.0036; four of them
-    for how, expected in ((dict(), p), (dict(temperature=0.5), p**2 / (p**2).sum()),
-                          (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
-                          (dict(top_k=9), p),
-                          (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
-                          (dict(top_p=0.01), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
-                          (dict(min_p=1.0), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(temperature=0), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(temperature=1e-40), torch.tensor([1.0, 0, 0, 0, 0]))):
-        assert torch.allclose(shares(**how), expected, atol=0.0145), how
-        assert ((shares(**how) > 0) <= (expected > 0)).all(), how
+    for how, expected in (
+            ({}, p), (dict(temperature=0.5), p**2 / (p**2).sum()), (dict(top_k=9), p),
+            (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
+            (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])), (dict(top_p=0.01), first),
+            (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
+            (dict(min_p=1.0), first), (dict(temperature=0), first), (dict(temperature=1e-40), first)):
+        settings = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0) | how
+        drawn = gpt.sample_next_token(logits, **settings, random=generator)
+        shares = torch.bincount(drawn, minlength=5) / 20000
+        # 20000 draws: a standard deviation is at most 0.0036; four of them
+        assert torch.allclose(shares, expected, atol=0.0145), how
+        assert ((shares > 0) <= (expected > 0)).all(), how
 
 def test_seed_and_stop():
     model, tokens = tiny(), ids(2, 5)
@@ -826,12 +801,10 @@ def test_seed_and_stop():
     drawn = [step.item() for step in model.generate(row, 40, seed=3)]
     stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
     assert stopped == drawn[:drawn.index(drawn[10]) + 1]
-    for wrong in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), \
-            dict(min_p=1.1):
-        with pytest.raises(ValueError):
-            next(model.generate(row, 1, **wrong))
-    with pytest.raises(ValueError):
-        next(model.generate(row[:, :0], 1))
+    for prompt, wrong in ((row, dict(temperature=-1)), (row, dict(top_k=0)), (row, dict(top_p=0.0)),
+                          (row, dict(top_p=1.1)), (row, dict(min_p=1.1)), (row[:, :0], {})):
+        with refused():
+            next(model.generate(prompt, 1, **wrong))
 
 # ---------------------------------------------------------------- gpt.py: files
 
@@ -843,21 +816,24 @@ def theirs_of(kind: str):
     """A model that transformers made: 2 layers, odd sizes, weights large enough to matter."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    old = dict(vocab_size=61, n_embd=42, n_layer=2, n_head=3, n_positions=128, resid_pdrop=0.0,
-               embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
-    new = dict(vocab_size=61, hidden_size=42, num_hidden_layers=2, num_attention_heads=6,
-               num_key_value_heads=2, head_dim=10, intermediate_size=74,
-               max_position_embeddings=128, tie_word_embeddings=kind == "qwen2")
-    if kind in ROPES:
-        new["rope_parameters"] = ROPES[kind] | {"rope_theta": 5000.0}
-    if kind == "biases":
-        new |= dict(attention_bias=True, mlp_bias=True)
     name = {"gpt2": "GPT2", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.get(
         kind, "Llama")
-    if name in ("Mistral", "Qwen2"):        # no head size of their own: 60 / 6
-        new |= dict(hidden_size=60, sliding_window=None)
-    config = getattr(transformers, name + "Config")(**(old if kind == "gpt2" else new))
-    model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, name + "ForCausalLM"))(config)
+    if kind == "gpt2":
+        entries = dict(vocab_size=61, n_embd=42, n_layer=2, n_head=3, n_positions=128,
+                       resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
+                       eos_token_id=0)
+    else:
+        entries = dict(vocab_size=61, hidden_size=42, num_hidden_layers=2, num_attention_heads=6,
+                       num_key_value_heads=2, head_dim=10, intermediate_size=74,
+                       max_position_embeddings=128, tie_word_embeddings=kind == "qwen2")
+    if kind in ROPES:
+        entries["rope_parameters"] = ROPES[kind] | {"rope_theta": 5000.0}
+    if kind == "biases":
+        entries |= dict(attention_bias=True, mlp_bias=True)
+    if kind in ("mistral", "qwen2"):        # no head size of their own: 60 / 6
+        entries |= dict(hidden_size=60, sliding_window=None)
+    config = getattr(transformers, name + "Config")(**entries)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     return model.eval()
@@ -886,14 +862,8 @@ def test_every_family_is_that_of_transformers(kind, tmp_path):
         assert (gradients.pop(name) - weight.grad).abs().max() < 1e-4, name
     assert not gradients
 
-    model = GPT.from_pretrained(tmp_path / "theirs")
-    greedy = theirs.generate(tokens[:1, :8], attention_mask=torch.ones(1, 8), max_new_tokens=64,
-                             do_sample=False, eos_token_id=None, pad_token_id=0)
-    ours = [step.item() for step in model.generate(tokens[:1, :8], 64, temperature=0)]
-    assert greedy[0, 8:].tolist() == ours
-
     from transformers import AutoModelForCausalLM
-    model.save_pretrained(tmp_path / "ours")
+    GPT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(tokens).logits, theirs(tokens).logits)
     again.save_pretrained(tmp_path / "again")
@@ -924,21 +894,24 @@ def change_config(folder, **entries):
     config = json.loads((folder / "config.json").read_text()) | entries
     (folder / "config.json").write_text(json.dumps(config))
 
-@pytest.mark.parametrize("name, value", [
-    ("model_type", "gemma3"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"}),
-    ("rope_parameters", {"rope_type": "llama3"}), ("use_sliding_window", True),
-    ("num_hidden_layers", None), ("num_hidden_layers", 3), ("num_hidden_layers", 10**9),
-    ("hidden_size", 42), ("vocab_size", "61"), ("num_attention_heads", "many"),
-    ("rope_parameters", 3), ("rope_theta", "far"), ("num_experts", 8), ("rms_norm_eps", []),
-    ("attn_logit_softcapping", 1.0), ("rope_interleaved", True), ("partial_rotary_factor", 0.5),
-    ("use_sliding_window", 1), ("layer_types", ["sliding_attention"]),
-    ("quantization_config", {"bits": 4})])
-def test_another_layout_is_refused_by_name(tmp_path, name, value):
+@pytest.mark.parametrize("change", [
+    dict(model_type="gemma3"), dict(hidden_act="gelu"), dict(rope_scaling={"rope_type": "yarn"}),
+    dict(rope_parameters={"rope_type": "llama3"}), dict(use_sliding_window=True),
+    dict(num_hidden_layers=None), dict(num_hidden_layers=3), dict(num_hidden_layers=10**9),
+    dict(hidden_size=42), dict(vocab_size="61"), dict(num_attention_heads="many"),
+    dict(rope_parameters=3), dict(rope_theta="far"), dict(num_experts=8), dict(rms_norm_eps=[]),
+    dict(attn_logit_softcapping=1.0), dict(rope_interleaved=True), dict(partial_rotary_factor=0.5),
+    dict(use_sliding_window=1), dict(layer_types=["sliding_attention"]),
+    dict(quantization_config={"bits": 4}),
+    b"", b"[1]", b"null", b"{", b"\xff\xff", b"{}", b"[" * 100_000], ids=lambda c: str(c)[:40])
+def test_another_layout_and_a_config_that_is_none_are_refused(tmp_path, change):
     tiny().save_pretrained(tmp_path)
-    change_config(tmp_path, **{name: value})
-    with pytest.raises(ValueError) as refusal:
+    if isinstance(change, bytes):
+        (tmp_path / "config.json").write_bytes(change)
+    else:
+        change_config(tmp_path, **change)
+    with refused(tmp_path):
         GPT.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 def test_a_window_is_refused_where_it_would_act(tmp_path):
     tiny_of("mistral").save_pretrained(tmp_path)
@@ -946,47 +919,31 @@ def test_a_window_is_refused_where_it_would_act(tmp_path):
     GPT.from_pretrained(tmp_path)
     for entries in dict(sliding_window=95), dict(sliding_window=4096, max_position_embeddings=4097):
         change_config(tmp_path, **entries)
-        with pytest.raises(ValueError, match="sliding_window"):
+        with refused("sliding_window"):
             GPT.from_pretrained(tmp_path)
-
-@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"{", b"\xff\xff", b"{}", b"[" * 100_000])
-def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, content):
-    tiny().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError) as refusal:
-        GPT.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
-
-def rewrite(folder, **changes):
-    """Change tensors of a model's file, by its names with _ for a dot; None leaves one out."""
-    from safetensors.torch import load_file, save_file
-    tensors = load_file(folder / "model.safetensors") | {
-        name.replace("__", "."): tensor for name, tensor in changes.items()}
-    save_file({name: t for name, t in tensors.items() if t is not None},
-              folder / "model.safetensors", {"format": "pt"})
 
 def test_what_the_files_hold_counts_and_not_what_the_config_says_of_them(tmp_path):
     transformers = pytest.importorskip("transformers")
-    model, tokens = noisy(tiny(tie_embeddings=False)), ids(1, 9)
+    from safetensors.torch import load_file, save_file
+    model, old, tokens = noisy(tiny(tie_embeddings=False)), noisy(tiny_of("gpt2")), ids(1, 9)
     model.save_pretrained(tmp_path)
     change_config(tmp_path, tie_word_embeddings=True)       # two matrices, and they differ
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
-    rewrite(tmp_path, model__norm__weight=torch.full((40,), math.nan))
-    with pytest.raises(ValueError, match="model.norm.weight"):
-        GPT.from_pretrained(tmp_path)
-    rewrite(tmp_path, model__norm__weight=None)
-    with pytest.raises(ValueError, match="model.norm.weight"):
-        GPT.from_pretrained(tmp_path)
-
-def test_constants_of_old_files_are_passed_over_whatever_their_type(tmp_path):
-    pytest.importorskip("safetensors")
-    model, tokens = noisy(tiny_of("gpt2")), ids(1, 9)
-    model.save_pretrained(tmp_path)
-    rewrite(tmp_path, transformer__h__0__attn__bias=torch.ones(1, 1, 96, 96, dtype=torch.bool),
-            transformer__h__1__attn__masked_bias=torch.tensor(-1e4))
-    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    norm = whole.pop("model.norm.weight")
+    for tensors in whole | {"model.norm.weight": norm * math.nan}, whole:       # NaN, or missing
+        save_file(tensors, path, {"format": "pt"})
+        with refused("model.norm.weight"):
+            GPT.from_pretrained(tmp_path)
+    # Constants of old files are passed over, whatever their type.
+    old.save_pretrained(tmp_path)
+    constants = {"transformer.h.0.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool),
+                 "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(load_file(path) | constants, path, {"format": "pt"})
+    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), old(tokens))
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path):
@@ -998,13 +955,11 @@ def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=found)
         assert {weight.dtype for weight in model.parameters()} == {found}
         assert (model(ids(1, 9)) - theirs(ids(1, 9)).logits).abs().max() < atol
-
     index = tmp_path / "model.safetensors.index.json"
     for damage in index.read_text()[:50], "[]", "{}":
         index.write_text(damage)
-        with pytest.raises(ValueError) as refusal:
+        with refused(tmp_path):
             GPT.from_pretrained(tmp_path)
-        assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 def test_saving_and_opening_gives_the_same_model(tmp_path):
     for model in tiny(tie_embeddings=False), tiny(), tiny().to(torch.bfloat16):
@@ -1018,7 +973,7 @@ def test_saving_and_opening_gives_the_same_model(tmp_path):
             again.model.norm.weight.zero_()
         kept = GPT.from_pretrained(tmp_path).model.norm.weight
         assert torch.equal(kept, model.model.norm.weight)
-    with pytest.raises(ValueError, match="no family has these parts"):
+    with refused("no family has these parts"):
         tiny(norm="layer").save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -1047,9 +1002,8 @@ def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
-    with pytest.raises(ValueError) as refusal:
+    with refused(path):
         gpt.read_safetensors(path)
-    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, monkeypatch):
     path = tmp_path / "file"
@@ -1069,14 +1023,6 @@ def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, mo
     with pytest.raises(OSError), gpt.write_whole(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"BBBB" and os.listdir(tmp_path) == ["file"]
-
-def test_copies_of_a_model_are_models_of_their_own():
-    model, tokens = tiny(), ids(1, 9)
-    twin, before = copy.deepcopy(model), model(tokens)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-    assert torch.equal(twin(tokens), before)
 
 # ---------------------------------------------------------------- train.py: the data
 
