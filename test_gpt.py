@@ -776,7 +776,8 @@ def test_sampling_draws_from_the_distribution_it_says():
             (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
             (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])), (dict(top_p=0.01), first),
             (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
-            (dict(min_p=1.0), first), (dict(temperature=0), first), (dict(temperature=1e-40), first)):
+            (dict(min_p=1.0), first), (dict(temperature=0), first),
+            (dict(temperature=1e-40), first)):
         settings = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0) | how
         drawn = gpt.sample_next_token(logits, **settings, random=generator)
         shares = torch.bincount(drawn, minlength=5) / 20000
@@ -1607,12 +1608,13 @@ def test_a_model_without_chat_tokens_gets_them(finetune_dir, here, tokenizer, tm
     model.save_pretrained(tmp_path / "model", tokenizer=tmp_path / "tokenizer")
     chats = finetune_dir / "chats.jsonl"
     for lora in 0, 2:
+        out = tmp_path / f"out{lora}"
         said = here("sft", "--model", tmp_path / "model", "--data", chats, "--val_data", chats,
-                    "--max_steps", 1, "--lr", 1e-9, "--lora", lora, "--out", tmp_path / f"out{lora}")
+                    "--max_steps", 1, "--lr", 1e-9, "--lora", lora, "--out", out)
         learn = int(re.search(r"([\d,]+) learn", said)[1].replace(",", ""))
         assert "2 new tokens" in said and learn > 2 * V * 40
         assert ("whole embedding" in said) == (lora > 0)
-        grown = GPT.from_pretrained(tmp_path / f"out{lora}")
+        grown = GPT.from_pretrained(out)
         for ours, theirs in ((grown.model.embed_tokens, model.model.embed_tokens),
                              (grown.lm_head, model.lm_head)):
             rows = torch.cat([theirs.weight, theirs.weight.mean(dim=0).expand(2, -1)])
@@ -2178,8 +2180,8 @@ def many_plays():
 def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false():
     sets = shakespeare.to_sets(many_plays())
     assert sets == shakespeare.to_sets(many_plays())
-    said = {name: {message["content"] for row in rows for turns in row.values() for message in turns}
-            for name, rows in sets.items()}
+    said = {name: {message["content"] for row in rows for turns in row.values()
+                   for message in turns} for name, rows in sets.items()}
     true = {tuple(message["content"] for message in row["messages"])
             for row in sets["chat/train"] + sets["chat/val"]}
     for kind in "chat", "prefs":
@@ -2236,7 +2238,8 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
     # All ids of this one are below the size of the model's vocabulary: nothing else would tell.
     Tokenizer.train([TEXT[:50_000]], 600, SPECIAL).save(folder / "other")
     encode([good], folder / "other/ids.npz", folder / "other")
-    python("bpe.py", "encode", text, "--tokenizer", folder / "other", "--out", folder / "other/i.npy")
+    python("bpe.py", "encode", folder / "good.txt", "--tokenizer", folder / "other", "--out",
+           folder / "other/i.npy")
     for file in [*(folder / "other").glob("*.np*")]:        # without the tokenizer beside them
         shutil.copy(file, folder)
     for name, target in {"text": text, "run": reference_run[0], "speaker": speaker_dir,
@@ -2252,7 +2255,8 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
 SFT = "sft --model model --device cpu --out x --data"
 REFUSED = {
     "bpe": [
-        "train *missing.txt* --vocab_size 300 --out x", "train *empty.txt* --vocab_size 300 --out x",
+        "train *missing.txt* --vocab_size 300 --out x",
+        "train *empty.txt* --vocab_size 300 --out x",
         "train good.txt --vocab_size 258 --out x => 259",
         "train good.txt --vocab_size 5000 --out x => at most|or less",
         "train good.txt --vocab_size 300 --out x --*part 0.5:0.1*",
@@ -2272,8 +2276,8 @@ REFUSED = {
         "--data text --n_embd 130 --*n_head 4*", "--data text *--n_head* x", "*--max_steps* 0",
         "--data text --vocab_size 300 *--batch_tokens 100* => 256", "--data text *--block_size* 0",
         "*--val_data* text", "--data *negative.npy*", "--data text *--lr* 0",
-        "--data text *--lr* inf", "--data text *--weight_decay* nan", "--data floats.npy => float64",
-        "--data *none.npy*", "--data text few*.npy*", "--data text *--micro_batch* auto",
+        "--data text *--lr* inf", "--data text *--weight_decay* nan", "--data *none.npy*",
+        "--data floats.npy => float64", "--data text few*.npy*", "--data text *--micro_batch* auto",
         "*--device* tpu", "--data text --fsdp --optimizer muon => adamw",
         "--data enough.npy --out *file/run*", "--resume => nothing to resume",
         "--resume --out *damaged*", "--data text --out run => --resume",
@@ -2334,9 +2338,9 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
 # ---------------------------------------------------------------- the benchmark
 
 def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
-    """A table: how much of `count` each does in a second: median of rounds in which all have their
-    turn, so that a noisy machine is unkind to all; its share of the first one's; and how it was the
-    first time, before those. Who measures by himself returns (list of seconds, peak MB)."""
+    """A table: how much of `count` each does in a second, and as a share of the first. Medians of
+    rounds in which all have their turn, so that a noisy machine is unkind to all, after one to
+    warm up. Who measures by himself returns (list of seconds, peak MB)."""
     times, memory = {name: [] for name in contenders}, {}
     for name, contender in [*contenders.items()] * (rounds + 1):
         began = time.perf_counter()
@@ -2345,11 +2349,11 @@ def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
         times[name] += seconds
         memory[name] = f"{peak:8,.0f} MB" if peak else ""
     print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}; {unit} per second")
-    first = np.median(next(iter(times.values()))[1:])
-    for name, (cold, *seconds) in times.items():
-        took = np.median(seconds or cold)
-        print(f"  {name:40} {count / took:11,.1f}   {first / took:5.2f} of the first   "
-              f"at first {count / cold:9,.1f}{memory[name]}")
+    speeds = {name: count / np.median(seconds[1:] or seconds) for name, seconds in times.items()}
+    for name, speed in speeds.items():
+        share, cold = speed / next(iter(speeds.values())), count / times[name][0]
+        print(f"  {name:44} {speed:11,.1f}   {share:5.2f} of the first   the first time "
+              f"{cold:9,.1f}{memory[name]}")
 
 def version(library: str) -> str:
     name = importlib.metadata.packages_distributions()[library][0]
@@ -2420,17 +2424,11 @@ def eight_steps(kind: str, npz: Path, folder: Path, flags: str, **theirs) -> lis
     return np.diff(times).tolist()
 
 def bench_model(folder: Path):
-    """One token after the other, and prompts, beside transformers with the same files; and finetuning
-    beside TRL: a step of SFT and of DPO, the same 4 rows, weights in fp32."""
+    """One token after the other, and prompts, beside transformers with the same files; then a step
+    of SFT and of DPO beside TRL: the same 4 rows, weights in fp32."""
     import transformers
     prompts, decode = {T: ids(1, T, vocab_size=1000) for T in (16, 64, 512)}, {}
     read = {T: {} for T in (64, 512)}
-    for dtype in torch.bfloat16, torch.float32, torch.int8:
-        model = GPT.from_pretrained(folder, dtype=None if dtype == torch.int8 else dtype)
-        model, name = gpt.quantize(model) if dtype == torch.int8 else model, f"gpt.py, {dtype}"
-        decode[name] = lambda model=model: list(model.generate(prompts[16], 64, temperature=0))
-        for T in read:
-            read[T][name] = lambda model=model, T=T: gpt.KVCache(model, 1, T)(prompts[T])
     for dtype in torch.bfloat16, torch.float32:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         name = f"{version('transformers')}, {dtype}"
@@ -2439,6 +2437,12 @@ def bench_model(folder: Path):
                                min_new_tokens=64)
         for T in read:
             read[T][name] = partial(theirs, prompts[T], logits_to_keep=1)
+    for dtype in torch.bfloat16, torch.float32, torch.int8:
+        model = GPT.from_pretrained(folder, dtype=None if dtype == torch.int8 else dtype)
+        model, name = gpt.quantize(model) if dtype == torch.int8 else model, f"gpt.py, {dtype}"
+        decode[name] = lambda model=model: list(model.generate(prompts[16], 64, temperature=0))
+        for T in read:
+            read[T][name] = lambda model=model, T=T: gpt.KVCache(model, 1, T)(prompts[T])
     race(f"decoding, {folder.name}, 64 tokens after 16", 64, "tokens", decode)
     with torch.inference_mode():
         for T in read:
@@ -2462,7 +2466,7 @@ def bench_model(folder: Path):
         race(f"{kind}, {folder.name}, 4 rows", tokens, "tokens", contenders, rounds=1)
 
 def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
-    """On one core each: run it under `taskset -c 0`. The texts are made of what every Python has, so
+    """On one core each: run it under `taskset -c 0`. The texts are made of what every Python has:
     the figures can be had anywhere, but they are more repetitive than a real corpus."""
     os.environ.setdefault("RAYON_NUM_THREADS", "1")         # the threads of libraries in Rust
     draw, code = random.Random(0), sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
