@@ -2417,9 +2417,10 @@ def eight_steps(kind: str, npz: Path, folder: Path, flags: str, **theirs) -> lis
         trainer.train()
     else:
         finetune.run = lambda *_: None
-        finetune.main([{"chats": "sft", "pairs": "dpo"}[kind], "--model", str(folder), "--data",
-                       str(npz), "--val_data", str(npz), "--out", out, *"--batch 4 --max_steps 8 "
-                       f"--log_every 1 --eval_every 8 --lr 1e-5 {flags}".split()])
+        with contextlib.redirect_stdout(io.StringIO()):
+            finetune.main([{"chats": "sft", "pairs": "dpo"}[kind], "--model", str(folder), "--data",
+                           str(npz), "--val_data", str(npz), "--out", out, *"--batch 4 --max_steps "
+                           f"8 --log_every 1 --eval_every 8 --lr 1e-5 {flags}".split()])
         times = [row["seconds"] for row in read_lines(Path(out, "metrics.jsonl"))]
     return np.diff(times).tolist()
 
