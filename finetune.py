@@ -312,7 +312,7 @@ def log_probabilities(model, data: Rows, numbers, micro_batch, rank, world_size,
     places = np.arange(-(-len(order) // world_size) * world_size)
     logps = torch.zeros(len(places), data.spans.shape[1], dtype=torch.float64)
     for piece in torch.from_numpy(places[rank::world_size]).split(micro_batch):
-        tokens, targets = pad(data, numbers[order[piece % len(order)]])
+        tokens, targets = pad(data, numbers[order[piece.numpy() % len(order)]])
         with autocast():
             logps[piece] = -nll(model, tokens.to(device), targets.to(device)).cpu().double()
     return all_sum(logps)[np.argsort(order)]        # from the order of lengths to that of numbers

