@@ -24,7 +24,6 @@ train.py finetune.py` shows what differs: the data, and what a row costs.
   That earlier model, the reference, is only one number per reply, computed before the first step.
 
 Left out on purpose: other preference losses, averages over tokens instead of sums.
-
 Reading order: settings, data, what a row costs, adapters, then finetune(), the story.
 Letters as in gpt.py: B rows in a batch, N chats in a row (SFT 1, DPO 2), L tokens in the longest.
 """
@@ -89,7 +88,7 @@ def make_parser() -> Parser:
         help="how the learning rate falls: all the way, or in the last fifth [%(default)s]")
     # Weight decay pulls towards 0, which is not where these weights began.
     add("--weight_decay", type=float, default=0.0, help="of matrices [%(default)s]")
-    add("--grad_clip", type=float, default=1.0, help="longest gradient [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="the longest gradient norm [%(default)s]")
     add("--dropout", type=float, default=0.0, help="more if the held-out loss rises [%(default)s]")
     add("--seed", type=int, default=1, help="of adapters, batches, dropout [%(default)s]")
     add = parser.add_argument_group("running").add_argument
@@ -103,14 +102,14 @@ def make_parser() -> Parser:
     add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
     return parser
 
-# What a resumed run may change: where and how it computes, and its length, which moves the learning
-# rate from then on. Anything else would make it another run than the one that stopped.
+# What a resumed run may change: where and how it computes, and its length, which the learning rate
+# follows. Anything else would make it another run than the one that stopped.
 MAY_CHANGE = {"out", "resume", "max_steps", "device", "dtype", "micro_batch", "fsdp",
               "eval_every", "save_every", "log_every"}
 
 def read_flags(argv) -> tuple:
     """Flags -> (settings, the checkpoint to resume or None). Raises ValueError, one line, for what
-    can be seen to be wrong without the data."""
+    is wrong whatever the data."""
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume and not args.out:
@@ -143,7 +142,7 @@ def out_folder(args, name: str) -> Path:
     out, number = Path(args.out or f"out/{name}"), 2
     while not args.out and out.exists():
         out, number = Path(f"out/{name}-{number}"), number + 1
-    insist(args.resume or not any(out.glob("*.safetensors")), f"{out} holds a model: continue it "
+    insist(args.resume or not any(out.rglob("*.safetensors")), f"{out} holds a model: continue it "
            "with --resume, or choose another --out")
     return out
 
@@ -183,7 +182,7 @@ def token_files(args) -> tuple[Path, Path, Path]:
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
-    # bpe.py writes each file whole, and these last: what is there is complete.
+    # bpe.py writes last the files that are looked for here: if one is there, all is complete.
     if not (folder / "generation_config.json").exists():
         run("bpe.py", "chat", "--tokenizer", model, "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
@@ -497,7 +496,7 @@ def finetune(argv=None) -> int:
     args.save_every = args.save_every or args.eval_every
     if rank == 0:       # the only one that writes
         out.mkdir(parents=True, exist_ok=True)
-        for left_over in out.glob("*.part"):        # of a process that was killed while it wrote
+        for left_over in out.rglob("*.part"):       # of a process that was killed while it wrote
             left_over.unlink()
         # A killed run has logged steps after its last checkpoint. They will be taken again, so
         # their lines go. Without a buffer each line is written at once and whole.
@@ -521,7 +520,7 @@ def finetune(argv=None) -> int:
         learned = (targets != -100).sum().item()        # target tokens, of all ranks together
         count = rows if args.method == "dpo" else learned       # what the loss is a mean over
         mine = [x[rank::world_size] for x in (tokens, targets, reference)]
-        # Dropout follows from the step, too, but not every rank should drop the same units.
+        # Dropout follows from the step, too, but no two ranks should drop the same units.
         dropout_seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)
 
         # Forward and backward, micro_batch rows at a time; backward() adds to .grad. Each part is a
@@ -547,8 +546,8 @@ def finetune(argv=None) -> int:
             # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
             # by rounding only. (Not under FSDP: there the other ranks wait in a collective.) The
             # graph of the failed pass must go first, because it holds most of the memory. The error
-            # referred to it, and is gone since the except block ended; `part` still does. And the
-            # parts before the failed one have already added to .grad.
+            # held it until the except block ended; `part` still does. And the parts before the
+            # failed one have already added to .grad.
             part = None
             model.zero_grad()
             insist(micro_batch > 1 and not sharded, "out of memory with --micro_batch "
@@ -559,7 +558,7 @@ def finetune(argv=None) -> int:
         # Each rank has the gradient of its own rows; the sum over ranks is that of the whole batch.
         sum_gradients(model, sharded)
         # Clip, because a single strange batch can have a gradient a hundred times longer than
-        # usual. --grad_clip is a length without the scaler's factor, so that goes first.
+        # usual. The scaler's factor goes first: --grad_clip is meant without it.
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -579,8 +578,8 @@ def finetune(argv=None) -> int:
         # stop after the same step, because a rank that continues would wait for the others forever.
         loss, stopping, *sums = all_sum([float(loss), len(signals), *sums]).tolist()
 
-        # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. A step that
-        # was interrupted by a signal is saved, so that nothing is lost.
+        # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. The step in
+        # which a signal came is saved, so that nothing is lost.
         now = time.perf_counter()
         done |= {"steps": step + 1, "tokens": done["tokens"] + learned, "seconds": now - started}
         last = step + 1 == args.max_steps
@@ -602,10 +601,11 @@ def finetune(argv=None) -> int:
             print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                   f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
         # Where a small text is read many times, the held-out loss turns upwards before the end. So
-        # the model with the lowest one is kept beside the last, in OUT/best.
+        # the model with the lowest held-out loss is kept, too, in OUT/best.
         better = False
         if evaluating:
             model.eval()        # no dropout
+            how = micro_batch, rank, world_size, autocast
             found = evaluate(model, val_data, args.beta, EVAL_ROWS, *how)
             better = found["val_loss"] < done["best"]
             done["best"] = min(found["val_loss"], done["best"])
@@ -615,8 +615,8 @@ def finetune(argv=None) -> int:
             row |= found
             said = "  ".join(f"{name[4:]} {value:.4f}" for name, value in found.items())
             print(f"step {step + 1:>5}  held out: {said}", flush=True)
-        # Every rank takes part in collecting the tensors. Only then may anything fail that happens
-        # on rank 0 alone, or the others would wait in a collective that it never enters.
+        # Every rank takes part in collecting the tensors. What can fail on rank 0 alone comes after
+        # it, or the others would wait in a collective that rank 0 never enters.
         if saving or better:
             state = full_state(model, optimizers)
         if rank == 0:
@@ -632,7 +632,7 @@ def finetune(argv=None) -> int:
                     # beside it is the finished one, and all lines of the log are on the disk.
                     model.save_pretrained(out, state["model"], tokenizer)
                     os.fsync(metrics.fileno())
-                    done["metrics_bytes"] = metrics.tell()
+                    done["metrics_bytes"] = os.fstat(metrics.fileno()).st_size
                     save_checkpoint(out / "checkpoint.pt", state, script="finetune.py", done=done,
                                     args=vars(args), digest=digest, scaler=scaler.state_dict())
             except OSError as error:

@@ -16,16 +16,16 @@ A language model assigns, at every position in a text, a probability to each pos
 Each token first becomes a vector, its row of a matrix. Layers then alternate between mixing vectors
 across positions (Attention) and transforming each vector by itself (MLP). A last matrix turns each
 vector into V scores, the logits; their softmax is the probabilities. GPT-2, Llama, Mistral, Qwen 2
-and Qwen 3 are this with a few parts swapped, and from the default, Qwen 3's, on their weights have
-the same names, so what is trained here opens elsewhere unchanged. Left out on purpose: mixtures of
-experts, sliding windows, most ways to scale rotary positions. What a config.json asks for and is
-not implemented is refused by name, if it would change the output.
+and Qwen 3 are this with a few parts swapped. The default is Qwen 3, with its parts and the names of
+its weights, so what is trained here opens elsewhere unchanged. Left out on purpose: mixtures of
+experts, sliding windows, most ways to scale rotary positions. A config.json that asks for what is
+not implemented is refused by name, if the output would change.
 
 Reading order: configuration, parts, model; there the transformer is complete, in plain PyTorch.
 Then generation; the same function in less time or memory; files; and what only training needs.
-Letters, in all files: B rows in a batch; T positions in a row; S positions that are visible, T and
-those before them; C width (n_embd); H query heads (n_head); K key-value heads (n_kv_head); D width
-of a head (head_dim); V vocabulary (vocab_size).
+Letters, in all files: B rows in a batch; T positions in a row; S visible positions, these T and all
+before them; C width (n_embd); H query heads (n_head); K key-value heads (n_kv_head); D width of a
+head (head_dim); V vocabulary (vocab_size).
 """
 import ctypes
 import json
@@ -60,19 +60,19 @@ class GPTConfig:
     n_head: int | None = None       # H; one for every 64 of the width, as in GPT-2
     n_kv_head: int | None = None    # K; one for every two query heads, which halves the KV cache
     head_dim: int | None = None     # D; n_embd / n_head
-    n_inner: int | None = None      # width in the MLP: 4 n_embd, or 8/3 where it has 3 matrices
+    n_inner: int | None = None      # width in the MLP: 4 n_embd; if gated, 8/3 n_embd
     norm: str = "rms"               # or "layer"
     norm_eps: float = 1e-6
     positions: str = "rotary"       # or "learned"
-    rope_theta: float = 10000.0     # rotary positions: no wavelength is longer than 2 pi times this
+    rope_theta: float = 10000.0     # rotary positions: the slowest turns once in 2 pi times this
     rope_scaling: dict | None = None    # how rows longer than those of the training are read
     gated_mlp: bool = True          # SwiGLU or, if False, GELU
     qk_norm: bool = True            # norms on queries and keys
     qkv_bias: bool = False          # biases where queries, keys and values are computed,
     o_bias: bool = False            # in the output of attention,
     mlp_bias: bool = False          # and in the MLP
-    tie_embeddings: bool = True     # the first matrix is also the last: V x C weights saved
-    dropout: float = 0.0            # share of each layer's output that training sets to zero
+    tie_embeddings: bool = True     # the first matrix is also the last: V x C fewer weights
+    dropout: float = 0.0            # share of attention's and MLP's output that training zeroes
 
     def __post_init__(self):
         complete(self)          # derives what is None, and refuses what does not fit; see files
@@ -86,16 +86,16 @@ def insist(condition, message: str):
 
 class RMSNorm(nn.RMSNorm):
     """Divide each vector by its root mean square, then scale each coordinate (arXiv:1910.07467).
-    Layers add to x, so x grows from layer to layer. Each part reads a copy of constant size."""
+    Layers add to x, so x grows. Attention and MLP read a copy that always has the same length."""
     def forward(self, x):                                           # (..., C) -> (..., C)
-        # In the type of x. On GPUs, autocast would return fp32, and each matrix that reads the
-        # result would convert it once more.
+        # Stay in the type of x. On GPUs mixed precision (autocast) would return fp32, and each
+        # matrix that reads the result would convert it once more.
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 def make_norm(config: GPTConfig) -> nn.Module:
     """LayerNorm (arXiv:1607.06450) also subtracts the mean and adds a bias. RMSNorm leaves both
-    out, and no one has measured a loss from that."""
+    out, with no measured harm."""
     return {"rms": RMSNorm, "layer": nn.LayerNorm}[config.norm](config.n_embd, config.norm_eps)
 
 def rotary(positions, config: GPTConfig):
@@ -114,17 +114,18 @@ def rotary(positions, config: GPTConfig):
 
 def rotate(x, cos, sin):
     """Turn each pair (a, b) of x (B, heads, T, D) to (a cos - b sin, b cos + a sin). As in Llama, a
-    and b are D/2 coordinates apart: roll puts each in the other's place; sin carries the minus."""
+    and b are D/2 coordinates apart: roll swaps them, and the minus is in rotary's sines."""
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(D)) v, where no position sees a later one (arXiv:1706.03762, eq. 1).
-
     q (B, H, T, D); k, v (B, K, S, D): the queries are those of the last T of S positions.
-    -> (B, H, T, D). Query head h reads key-value head h // (H/K) (arXiv:2305.13245).
-    """
+    -> (B, H, T, D). Query head h reads key-value head h // (H/K) (arXiv:2305.13245). With K = H:
+        scores = (q @ k.mT / math.sqrt(D)).masked_fill(~mask, -math.inf)        # (B, H, T, S)
+        return scores.softmax(dim=-1) @ v                                       # (B, H, T, D)
+    Torch has this as one function, which never stores all scores at once."""
     T, S = q.shape[2], k.shape[2]
-    mask = None             # the usual cases need none: T = S is causal, and one query sees all
+    mask = None             # rarely needed: is_causal serves T = S, and one query sees all
     if 1 < T < S:           # position t of the last T sees the first S - T + t + 1
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S,
@@ -142,8 +143,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
         if config.qk_norm:
-            # They keep q k^T from growing without limit, where the softmax would have hardly any
-            # gradient. So higher learning rates stay stable (arXiv:2302.05442, section 2).
+            # These bound q k^T. Where it is large, the softmax has hardly any gradient. So higher
+            # learning rates stay stable (arXiv:2302.05442, section 2).
             self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) for _ in "qk")
 
     def forward(self, x, rope, attend):
@@ -160,10 +161,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """n_inner detectors per position. GELU (arXiv:1606.08415) passes on those that fire; SwiGLU
-    (arXiv:2002.05202) gives each a gate that opens or closes it.
-
-    Attention moves information; most of what the model knows is stored here.
-    """
+    (arXiv:2002.05202) gives each a gate that opens or closes it. Attention moves information; most
+    of what the model knows is stored here."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         sizes = config.n_embd, config.n_inner
@@ -205,7 +204,7 @@ class GPT(nn.Module):
             "norm": make_norm(config)})
         if config.positions == "learned":
             self.model["embed_positions"] = nn.Embedding(config.block_size, config.n_embd)
-        # Row t of this matrix is the direction of token t. If tied, it is so at both ends.
+        # Row i of this matrix scores token i. If tied, it also embeds it.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -228,8 +227,8 @@ class GPT(nn.Module):
         return losses.sum() / (targets != -100).sum().clamp(min=1)
 
     def hidden(self, tokens, start: int = 0, attends=None):
-        """All but the last matrix: tokens (B, T) -> (B, T, C). With a KV cache, the first token is
-        at position `start`, and each layer attends with a function of its own."""
+        """All but the last matrix: tokens (B, T) -> (B, T, C). For the KV cache, below: `start` is
+        the position of the first token, `attends` holds a function in place of attend per layer."""
         end = start + tokens.shape[1]
         positions = torch.arange(start, end, device=tokens.device)              # (T,)
         x = self.model.embed_tokens(tokens)                                     # (B, T, C)
@@ -239,7 +238,7 @@ class GPT(nn.Module):
             x = x + self.model.embed_positions(positions)
         kind, rope = x.device.type, rotary(positions, self.config)
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            # The residual stream, too: a tenth of a step of 124M. (In fp16 it could overflow.)
+            # The residual stream, too: saves 10 % of a step at 124M. (In fp16 it could overflow.)
             x = x.bfloat16()
         layers = self.model.layers
         for layer, attend_of_layer in zip(layers, attends or [attend] * len(layers)):
@@ -251,8 +250,8 @@ class GPT(nn.Module):
 
         Those that write into the residual stream get 1 / sqrt(2 n_layer) of that, because 2 n_layer
         of them are added up there (GPT-2 paper, section 2.3). A logit is a sum over the width, and
-        the variances of independent terms add up. So those that make logits get 0.02 * sqrt(768 /
-        width); 768 is GPT-2's. Then the first loss is equally near to ln V at any size."""
+        the variances of independent terms add up. So the first and the last matrix get 0.02 *
+        sqrt(768 / width); GPT-2's is 768. Then the first loss is as near to ln V at any size."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -270,7 +269,7 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations of a training step per token, in rows of T tokens. Each weight
         of a matrix costs one multiply-add forward and two backward: 6 operations. Per head, q k^T
-        and weights @ v cost 2 D T each, and three times that with backward: 12 H D T a layer
+        and softmax @ v cost 2 D T each, and three times that with backward: 12 H D T a layer
         (arXiv:2204.02311, appendix B; as there, the masked half is counted)."""
         c, layers = self.config, self.model.layers
         matrices = sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
@@ -288,9 +287,9 @@ def generate(model, tokens, max_new_tokens: int, temperature: float = 1.0, top_k
     token. top_k keeps the k likeliest tokens; top_p the likeliest that together have probability p;
     min_p those that are at least min_p times as likely as the likeliest. Ends after max_new_tokens,
     or when every row has produced one of the `stop` ids. The same seed gives the same tokens on the
-    same device. When the context is full, its older half is forgotten: to forget one token at a
-    time, everything would have to be computed again for each. cache: the KVCache of an earlier
-    call; what it holds of the prompts is not computed again. Raises ValueError."""
+    same device. When the context is full, its older half is forgotten: dropping one token at a
+    time would move all positions, and compute all again, each time. cache: the KVCache of an
+    earlier call; what it holds of the prompts is not computed again. Raises ValueError."""
     insist(temperature >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1 and (top_k is None or top_k > 0),
            f"temperature {temperature} (at least 0), top_k {top_k} (at least 1), top_p {top_p} "
            f"(above 0, at most 1) or min_p {min_p} (0 to 1) is out of range")
@@ -346,10 +345,10 @@ class KVCache:
 
     def __call__(self, tokens):
         """tokens (B, T), from the beginning of the texts -> logits of the next tokens, (B, V)."""
-        n = min(tokens.shape[1] - 1, self.tokens.shape[1])      # the last is computed in any case
+        n = min(tokens.shape[1] - 1, self.tokens.shape[1])      # the last must be computed
         same = (tokens[:, :n] == self.tokens[:, :n]).all(dim=0)
         start = int(same.cumprod(0).sum())
-        self.tokens = tokens[:, :start]     # the truth, should what follows be interrupted
+        self.tokens = tokens[:, :start]     # true even if the rest is interrupted
         x = self.model.hidden(tokens[:, start:], start, [
             partial(self.attend, layer, start) for layer in range(self.model.config.n_layer)])
         self.tokens = tokens
@@ -368,9 +367,9 @@ GPT.generate = generate
 
 class TokenLoss(torch.autograd.Function):
     """Cross-entropy: logits (N, V), targets (N,) -> (N,) nats. The backward pass writes the
-    gradient over the logits. So there is one copy of the largest tensor of a step, not three: 15 %
-    of the memory of train.py's first run. In fp32, because in bf16 a sum over V probabilities would
-    lose the small ones; and a few rows at a time, so that copies in fp32 stay small."""
+    gradient over the logits. So the largest tensor of a step exists once, not three times: 15 %
+    less memory in train.py's first run. It computes in fp32, because in bf16 a sum over V
+    probabilities would lose the small ones; a few rows at a time, so that copies stay small."""
     @staticmethod
     def forward(ctx, logits, targets):
         ctx.rows = max(1, 2**22 // logits.shape[1])
@@ -386,7 +385,7 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx, by_losses):
         logits, targets, losses = ctx.saved_tensors
         ids, no_target = targets.clamp(min=0)[:, None], (targets == -100)[:, None]      # (N, 1)
-        # ln of the sum of exp(logits); infinite, so that p is 0, where there is no target.
+        # ln sum exp(logits) is loss + the target's logit. No target: infinite, so that p is 0.
         log_sum = (losses[:, None] + logits.gather(1, ids)).masked_fill(no_target, math.inf)
         by_losses = by_losses[:, None].masked_fill(no_target, 0)
         for rows, ids, log_sum, by_loss in zip(*(x.split(ctx.rows) for x in (
@@ -462,17 +461,17 @@ def complete(c: GPTConfig):
         value, default = getattr(c, name), getattr(GPTConfig, name)
         insist(value is default or type(value) is int and 0 < value < 2**31, f"{name} is "
                f"{value!r}; it must be a whole number above 0")
-    C, rotary = c.n_embd or 64 * c.n_layer, c.positions == "rotary"
-    # As many heads as fit, if they divide the width into pairs of coordinates.
+    C, turned = c.n_embd or 64 * c.n_layer, c.positions == "rotary"
+    # The most heads at least 64 wide, whose width divides C and is even.
     H = c.n_head or next((n for n in range(C // 64, 1, -1) if C % (2 * n) == 0), 1)
     insist(c.head_dim or C % H == 0, f"n_embd {C} is not divisible by n_head {H}; the nearest that "
            f"is: {max(1, round(C / (2 * H))) * 2 * H}")
     D = c.head_dim or C // H
     # GPT-2's layout, the one with learned positions, has no entries for K and D.
-    K = c.n_kv_head or (H // 2 if rotary and H % 2 == 0 else H)
+    K = c.n_kv_head or (H // 2 if turned and H % 2 == 0 else H)
     insist(H % K == 0, f"n_head {H} is not divisible by n_kv_head {K}")
-    insist(D % 2 == 0 or not rotary, f"head_dim {D} is odd, and rotary positions turn pairs")
-    insist(rotary or (K, H * D) == (H, C), f"n_kv_head {K}, head_dim {D}: with learned positions "
+    insist(D % 2 == 0 or not turned, f"head_dim {D} is odd, and rotary positions turn pairs")
+    insist(turned or (K, H * D) == (H, C), f"n_kv_head {K}, head_dim {D}: with learned positions "
            "there are n_head key-value heads, of n_embd / n_head each")
     insist(0 <= c.dropout < 1, f"dropout is {c.dropout!r}; it must be at least 0, less than 1")
     insist(c.n_layer < 10_000, f"n_layer is {c.n_layer}; that many layers would fill any memory")
@@ -482,8 +481,8 @@ def complete(c: GPTConfig):
 
 def scale_rope(speed, scaling: dict | None):
     """Slow down rotary positions, (D/2,) radians each, for rows longer than those of the training.
-    All of them by a factor ("linear", arXiv:2306.15595); or only those so slow that the training
-    never saw them go round, with a smooth passage ("llama3", arXiv:2407.21783, section 3.4.2)."""
+    All by a factor ("linear", arXiv:2306.15595); or only those too slow to go round once in a row
+    of the training, blended smoothly ("llama3", arXiv:2407.21783, section 3.4.2)."""
     if scaling is None:
         return speed
     names = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
@@ -491,6 +490,7 @@ def scale_rope(speed, scaling: dict | None):
     found = [scaling.get(name) for name in names.get(scaling.get("rope_type"), [""])]
     insist(all(type(number) in (int, float) for number in found), f"rope_scaling is {scaling!r}; "
            "only the rope_type 'linear' and 'llama3' are implemented, with their numbers")
+    # Length 0: for "linear", no speed counts as fast.
     factor, low, high, length = found if len(found) == 4 else (*found, 1, 2, 0)
     turns = speed * length / (2 * math.pi)                  # in the longest row of the training
     fast = ((turns - low) / (high - low)).clamp(0, 1)       # 1: leave it as it is
@@ -509,7 +509,7 @@ def read_config(entries: dict) -> GPTConfig:
     insist(family in FAMILIES, f"model_type is {family!r}; implemented are {', '.join(FAMILIES)}")
     if family == "gpt2":
         entries = entries | {name: entries.get(old) for name, old in GPT2_ENTRIES.items()}
-    # Rotary positions: in transformers 5 they are one group of entries, before they stood apart.
+    # Rotary positions: one group of entries in transformers 5, separate ones in older files.
     rope = (entries.get("rope_parameters") or {}) | (entries.get("rope_scaling") or {})
     rope = {"rope_type": rope.get("type", "default")} | rope
     entries = entries | {name: rope[name] for name in ("rope_theta",) if name in rope}
@@ -591,8 +591,8 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 @contextmanager
 def write_whole(path):
-    """Open a file that appears under its name complete or not at all, whenever the power fails: it
-    is written beside, under a name of this process alone, forced to the disk and renamed."""
+    """Open a file that appears under its name complete or not at all, even if the power fails: it
+    is written under a name of this process alone, forced to the disk, and renamed."""
     beside = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as file:
@@ -643,7 +643,7 @@ def read_safetensors(path) -> dict:
 
 def save_pretrained(model, directory, weights: dict | None = None, tokenizer=None):
     """Write config.json and model.safetensors as transformers does for the model's family. Each
-    file is replaced in one step. Raises ValueError; OSError if the disk is full.
+    file is replaced at once. Raises ValueError; OSError if the disk is full.
 
     weights: a state dict to write instead of the model's own. tokenizer: a directory; its files are
     copied."""
@@ -697,7 +697,7 @@ def from_pretrained(cls, directory, device="cpu", dtype=None):
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:       # names what is missing, not expected or of another shape
         raise ValueError(f"{directory}: {' '.join(str(error).split())[:300]}") from None
-    for name, tensor in tensors.items():        # a sum is finite if all its terms are
+    for name, tensor in tensors.items():        # one term that is not spoils the sum
         insist(tensor.sum(dtype=torch.float32).isfinite(), f"{directory}: {name} is not finite")
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -731,7 +731,7 @@ def keep_freed_memory():
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_dtype(device: torch.device, name: str | None = None) -> str:
-    """The name in DTYPES of the type to compute in: the one asked for, or the fastest safe one.
+    """Which of DTYPES to compute in: the one that was asked for, or the fastest safe one.
     Weights stay in fp32. bf16 has the range of fp32 with 8 bits of precision. That is enough for
     matrix products, and twice to ten times as fast where the hardware supports it. fp16 has a
     smaller range, so that the loss must be scaled up (GradScaler in the loop). It is for GPUs that
@@ -780,7 +780,7 @@ def move_to_device(model, device: torch.device, dtype: str, sharded: bool):
     """Move a model from the CPU to the device of each rank, with the weights of rank 0. sharded:
     FSDP2 (arXiv:2304.11277). Each rank keeps a shard of every weight, gradient and optimizer state,
     and a layer's full weights exist only while it computes. For models that are too large for one
-    device, which therefore never holds a full one."""
+    device: none ever holds a full one."""
     for weight in model.parameters() if world_size() > 1 else ():
         dist.broadcast(weight.detach(), src=0)      # other CPUs may draw other random numbers
     if not sharded:
@@ -792,15 +792,15 @@ def move_to_device(model, device: torch.device, dtype: str, sharded: bool):
     # Without a mesh fully_shard would take the GPUs of this machine, also when --device is cpu.
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for module in *model.model.layers, model:
-        # The outermost module, too, frees its full weights after a forward pass. Otherwise, an
-        # optimizer made after an evaluation would hold copies that the next step throws away.
+        # The outermost module, too, frees its full weights after a forward pass. Otherwise the
+        # evaluation before finetune.py's first step would leave copies that the next step drops.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
 
 def sum_gradients(model, sharded: bool):
     """Replace each gradient by its sum over all ranks. A collective. DistributedDataParallel does
-    this during the last backward pass, which hides some of the time. Here it comes after it, so
-    that a rank that ran out of memory can repeat its own backward pass while the others wait."""
+    this during the last backward pass, which hides some of the time. Here the sum comes afterwards,
+    so that a rank that ran out of memory can repeat its backward pass while the others wait."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     if sharded:         # FSDP has exchanged them already, but as a mean over the ranks
         for gradient in gradients:
@@ -827,7 +827,7 @@ def leave(code: int):
 def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
     """AdamW for all weights; or Muon for the matrices of the layers, and AdamW for the rest.
 
-    AdamW (arXiv:1711.05101) divides each weight's averaged gradient by its own typical size. Weight
+    AdamW (arXiv:1711.05101) divides each averaged gradient by its typical size. Weight
     decay pulls matrices towards 0, but not the scales of norms, which belong near 1. beta2 is 0.95
     and not 0.999, so that the average of squared gradients can follow a run of hundreds of steps
     (GPT-3, arXiv:2005.14165, appendix B). Muon (arXiv:2502.16982) makes all directions of a
@@ -850,7 +850,7 @@ def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int,
     """Linear warm-up to `peak`. Then half a cosine down to 0 ("cosine"); or `peak` until the last
     fifth of the run, and a straight line down to 0 ("wsd": warm-up, stable, decay). Warm-up,
     because AdamW's first averages rest on few gradients. Decay, because small steps near the end
-    average out the noise of the batches; to 0 and not to a tenth, after arXiv:2502.15938. wsd
+    average out the noise of the batches: down to 0, not to a tenth (arXiv:2502.15938). wsd
     (arXiv:2404.06395, section 4; a fifth: arXiv:2405.18392) ends as low as the cosine, and the run
     can still be made longer until the decay begins."""
     if step < warmup_steps:
@@ -875,7 +875,7 @@ def full_state(model, optimizers) -> dict:
     return {"model": weights, "optimizer": optimizer}
 
 def save_checkpoint(path, state: dict, **notes):
-    """Replace the checkpoint in one step: whenever the process is killed, `path` is whole. Holds
+    """Replace the checkpoint at once: whenever the process is killed, `path` is whole. Holds
     tensors and plain types only, so that opening it cannot run code. Raises OSError."""
     with write_whole(path) as file:
         torch.save({**state, **notes}, file)
@@ -893,8 +893,8 @@ def restore(saved: dict, model, optimizers):
     full_states.set_state_dict(
         model, optimizers, model_state_dict=saved.pop("model"), options=FULL,
         optim_state_dict=saved.pop("optimizer"))
-    # An optimizer on the CPU adopts the tensors that it is given. Copies let go of the file, which
-    # is about to be replaced, but would take up the disk as long as it is mapped.
+    # An optimizer on the CPU adopts the tensors that it is given. Copy them: as long as they are
+    # mapped, the file would take up the disk even after it has been replaced.
     for optimizer in optimizers:
         for state in optimizer.state.values():
             state.update({name: value.clone() for name, value in state.items()})

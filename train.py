@@ -21,9 +21,9 @@ state. Four promises decide how this script is written:
 - The loss is a sum over target tokens divided by the number of target tokens in the whole batch. So
   it does not depend on how the batch is cut into micro-batches and divided among ranks.
 - When memory runs out, the step is repeated with smaller micro-batches, and the batch stays.
-- A checkpoint replaces the one before in one step. Killed at any moment, a run resumes and computes
+- A checkpoint replaces the one before at once. Killed at any moment, a run resumes and computes
   the losses that it would have computed: on a CPU in fp32 to the last bit, elsewhere to rounding.
-  (With --dropout every rank draws masks of its own, so another number of ranks draws others.)
+  (The masks of --dropout depend on the cut: another number of ranks or rows at once draws others.)
 
 This script reads token ids, not text. Where there are none yet, it runs bpe.py to make them, and
 prints the command, so that you can run it alone. OUT becomes a model directory that transformers
@@ -95,7 +95,7 @@ def make_parser() -> Parser:
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more from each batch, and needs torch 2.9 [%(default)s]")
     add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
-    add("--grad_clip", type=float, default=1.0, help="longest gradient [%(default)s]")
+    add("--grad_clip", type=float, default=1.0, help="the longest gradient norm [%(default)s]")
     add("--dropout", type=float, default=0.0, help="more if the held-out loss rises [%(default)s]")
     add("--seed", type=int, default=1, help="of first weights, batches, dropout [%(default)s]")
     add = parser.add_argument_group("running").add_argument
@@ -103,21 +103,21 @@ def make_parser() -> Parser:
     add("--dtype", choices=tuple(DTYPES), help="to compute in [the fastest safe one here]")
     add("--micro_batch", type=int, help="rows at once: fewer need less memory, and change nothing "
         "else [as many as make 16384 tokens, fewer when memory runs out]")
-    add("--compile", action=argparse.BooleanOptionalAction, help="by torch.compile [on a GPU]")
+    add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile [on a GPU]")
     add("--fsdp", action="store_true", help="shard the weights over the ranks of torchrun")
     add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
     add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
     add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
     return parser
 
-# What a resumed run may change: where and how it computes, and its length, which moves the learning
-# rate from then on. Anything else would make it another run than the one that stopped.
+# What a resumed run may change: where and how it computes, and its length, which the learning rate
+# follows. Anything else would make it another run than the one that stopped.
 MAY_CHANGE = {"out", "resume", "max_steps", "device", "dtype", "micro_batch", "compile", "fsdp",
               "eval_every", "save_every", "log_every"}
 
 def read_flags(argv) -> tuple:
     """Flags -> (settings, the checkpoint to resume or None). Raises ValueError, one line, for what
-    can be seen to be wrong without the data."""
+    is wrong whatever the data."""
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume and not args.out:
@@ -149,7 +149,7 @@ def out_folder(args, name: str) -> Path:
     out, number = Path(args.out or f"out/{name}"), 2
     while not args.out and out.exists():
         out, number = Path(f"out/{name}-{number}"), number + 1
-    insist(args.resume or not any(out.glob("*.safetensors")), f"{out} holds a model: continue it "
+    insist(args.resume or not any(out.rglob("*.safetensors")), f"{out} holds a model: continue it "
            "with --resume, or choose another --out")
     return out
 
@@ -190,10 +190,10 @@ def token_files(args) -> tuple[list[Path], list[Path]]:
     made_for = model.name if model else args.vocab_size
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
-    # bpe.py writes each file whole, and these last: what is there is complete.
+    # bpe.py writes last the files that are looked for here: if one is there, all is complete.
     if not model and not (folder / "tokenizer.json").exists():
-        # GPT-2's split keeps the end of a line apart from what stands before it. In newer ones
-        # ":\n" can be one token, so that no text that was trained on has ":" alone before "\n".
+        # GPT-2's split keeps the end of a line apart from what stands before it. Newer ones can
+        # merge ":\n"; then a prompt that ends in ":" is unlike all that was trained on.
         run("bpe.py", "train", *data, "--part", parts[0], "--vocab_size", args.vocab_size,
             "--pattern", "gpt2", "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
@@ -211,7 +211,7 @@ def open_tokens(paths: list[Path]) -> tuple[np.ndarray, list[dict]]:
             part = np.load(path, mmap_mode="r", allow_pickle=False)
             insist(part.ndim == 1 and part.dtype.kind in "iu" and len(part) and part[0] >= 0,
                    f"it has {part.dtype} of shape {part.shape}")
-            # Where bpe.py did not make it, only the ids themselves can tell.
+            # If bpe.py did not make it, all that is known is read off the ids.
             noted = (read_json(f"{path}.json") if Path(f"{path}.json").exists() else
                      {"tokens": len(part), "tokenizer": None, "vocab_size": int(part.max()) + 1,
                       "digest": hashlib.sha256(part).hexdigest()})
@@ -220,7 +220,7 @@ def open_tokens(paths: list[Path]) -> tuple[np.ndarray, list[dict]]:
         except (ValueError, KeyError, TypeError, EOFError) as error:
             raise ValueError(f"{path} can't be used as a row of token ids: {error}") from None
         parts, notes = [*parts, part], [*notes, noted]
-    # One file stays on the disk, and memory holds what is looked at. Several are copied into it.
+    # One file is read from the disk as needed. Several are copied into memory.
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)), notes
 
 @lru_cache(2)       # a batch can lie across the end of an epoch
@@ -232,7 +232,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
     """All rows of a step, for all ranks: tokens (rows, T) and, shifted by one, targets (rows, T).
     The text is cut into windows of T tokens. An epoch takes each window once, in an order of its
-    own, and cuts the text at positions of its own, so that the model meets new beginnings."""
+    own, and starts cutting at an offset of its own, so that the model meets new beginnings."""
     n = max(1, len(data) // T - 1)          # one window less than there are: room for the cut
     starts = []
     for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows)):
@@ -249,8 +249,8 @@ def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, ra
              world_size: int, autocast) -> dict:
     """Mean loss on held-out text, in nats per token, over windows of T tokens side by side.
     Each token but the first is predicted once, from those before it in its window. If there are
-    more than at_most tokens, evenly spread windows are taken, with no more than that together.
-    Every rank computes its share of them. A collective."""
+    more than at_most tokens, evenly spread windows with about that many are taken. Every rank
+    computes its share of them. A collective."""
     device = next(model.parameters()).device
     starts = np.arange(0, len(data) - 1, T)
     starts = starts[::math.ceil(len(data) / at_most)].tolist()
@@ -274,12 +274,12 @@ def evaluate(model, data: np.ndarray, T: int, at_most: int, micro_batch: int, ra
 def scale_run(args, model, text: int):
     """Fill in what was not asked for: batch, steps and learning rate, by the sizes of the model and
     of the text (in tokens), whatever the number of ranks.
-    Steps: 20 tokens for each parameter, where a training budget is spent best (arXiv:2203.15556,
-    table 3), but each token of the text at most twice: more pays off until about four times
-    (arXiv:2305.16264), and the first run should be over soon.
-    Batch and rate: the more computing, the larger the one and the lower the other, with the powers
-    of DeepSeek LLM (arXiv:2401.02954, eq. 1). Its constants are for runs of 1e17 operations and
-    more; ours are such that the first run, of 4e13, has what it was found to learn most with."""
+    Steps: 20 tokens for each parameter are the best use of a training budget (arXiv:2203.15556,
+    table 3). But each token of the text is seen at most twice: up to four times would pay off
+    (arXiv:2305.16264), but the first run should be over soon.
+    Batch and rate: with more computing a larger batch and a lower rate, by the exponents of
+    DeepSeek LLM (arXiv:2401.02954, eq. 1). Its constants are for runs of 1e17 operations and more;
+    ours give the first run, of 4e13, the values that it learned most with."""
     tokens = min(20 * model.count_parameters(), 2 * text)
     operations = tokens * model.flops_per_token(args.block_size)
     rows = 2 ** round(math.log2(max(1, 0.073 * operations ** 0.3271 / args.block_size)))
@@ -391,9 +391,11 @@ def train(argv=None) -> int:
             print(f"torch.compile does not work here, so the run is slower: {reason}")
             compiling = False
     forward = torch.compile(model, dynamic=False) if compiling else model
-    how, V = (micro_batch, rank, world_size, autocast), c.vocab_size
+    V = c.vocab_size
     expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
-    val_bytes = sum(noted.get("bytes", 0) for noted in val_notes)       # 0: nobody has counted
+    # 0 where not all are of bpe.py, which has counted.
+    val_bytes = all("bytes" in noted for noted in val_notes) and sum(
+        noted["bytes"] for noted in val_notes)
     gzip_bpb = val_notes[0]["gzip_bpb"] if val_bytes else None
 
     # ---- 4. The optimizer, and what a resumed run brings along.
@@ -413,7 +415,7 @@ def train(argv=None) -> int:
     args.save_every = args.save_every or args.eval_every
     if rank == 0:       # the only one that writes
         out.mkdir(parents=True, exist_ok=True)
-        for left_over in out.glob("*.part"):        # of a process that was killed while it wrote
+        for left_over in out.rglob("*.part"):       # of a process that was killed while it wrote
             left_over.unlink()
         # A killed run has logged steps after its last checkpoint. They will be taken again, so
         # their lines go. Without a buffer each line is written at once and whole.
@@ -436,13 +438,13 @@ def train(argv=None) -> int:
         tokens, targets = batch(train_data, step, rows, T, args.seed)           # (rows, T) each
         count = (targets != -100).sum().item()          # target tokens, of all ranks together
         mine = [x[rank::world_size] for x in (tokens, targets)]
-        # Dropout follows from the step, too, but not every rank should drop the same units.
+        # Dropout follows from the step, too, but no two ranks should drop the same units.
         dropout_seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)
 
         # Forward and backward, micro_batch rows at a time; backward() adds to .grad. Each part is a
         # SUM over its target tokens, divided by the number in the WHOLE batch. So the gradients add
         # up to that of the mean over the batch, however it is cut. If each part were its own mean,
-        # a token would count for more where it has fewer targets beside it.
+        # a token would count for more in a part with fewer targets.
         while True:
             loss = 0.0
             torch.manual_seed(int(dropout_seed[0]))
@@ -461,8 +463,8 @@ def train(argv=None) -> int:
             # Memory ran out. Repeat the step with smaller micro-batches, which changes the gradient
             # by rounding only. (Not under FSDP: there the other ranks wait in a collective.) The
             # graph of the failed pass must go first, because it holds most of the memory. The error
-            # referred to it, and is gone since the except block ended; `part` still does. And the
-            # parts before the failed one have already added to .grad.
+            # held it until the except block ended; `part` still does. And the parts before the
+            # failed one have already added to .grad.
             part = None
             model.zero_grad()
             insist(micro_batch > 1 and not sharded, "out of memory with --micro_batch "
@@ -473,7 +475,7 @@ def train(argv=None) -> int:
         # Each rank has the gradient of its own rows; the sum over ranks is that of the whole batch.
         sum_gradients(model, sharded)
         # Clip, because a single strange batch can have a gradient a hundred times longer than
-        # usual. --grad_clip is a length without the scaler's factor, so that goes first.
+        # usual. The scaler's factor goes first: --grad_clip is meant without it.
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -493,8 +495,8 @@ def train(argv=None) -> int:
         # stop after the same step, because a rank that continues would wait for the others forever.
         loss, stopping = all_sum([float(loss), len(signals)]).tolist()
 
-        # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. A step that
-        # was interrupted by a signal is saved, so that nothing is lost.
+        # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. The step in
+        # which a signal came is saved, so that nothing is lost.
         now = time.perf_counter()
         done |= {"steps": step + 1, "tokens": done["tokens"] + count, "seconds": now - started}
         last = step + 1 == args.max_steps
@@ -516,10 +518,11 @@ def train(argv=None) -> int:
             print(f"step {step + 1:>5}/{args.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                   f"grad_norm {grad_norm:5.2f}  {speed:>7,.0f} tokens/s  {left} left", flush=True)
         # Where a small text is read many times, the held-out loss turns upwards before the end. So
-        # the model with the lowest one is kept beside the last, in OUT/best.
+        # the model with the lowest held-out loss is kept, too, in OUT/best.
         better = False
         if evaluating:
             model.eval()        # no dropout
+            how = micro_batch, rank, world_size, autocast
             found = evaluate(model, val_data, T, EVAL_TOKENS, *how)
             better = found["val_loss"] < done["best"]
             done["best"] = min(found["val_loss"], done["best"])
@@ -532,8 +535,8 @@ def train(argv=None) -> int:
                 row["val_bpb"] = found["val_loss"] * (len(val_data) - 1) / val_bytes / math.log(2)
                 said += f", {row['val_bpb']:.4f} bits per byte (gzip needs {gzip_bpb:.2f})"
             print(f"step {step + 1:>5}  held out: {said}", flush=True)
-        # Every rank takes part in collecting the tensors. Only then may anything fail that happens
-        # on rank 0 alone, or the others would wait in a collective that it never enters.
+        # Every rank takes part in collecting the tensors. What can fail on rank 0 alone comes after
+        # it, or the others would wait in a collective that rank 0 never enters.
         if saving or better:
             state = full_state(model, optimizers)
         if rank == 0:
@@ -549,7 +552,7 @@ def train(argv=None) -> int:
                     # beside it is the finished one, and all lines of the log are on the disk.
                     model.save_pretrained(out, state["model"], tokenizer)
                     os.fsync(metrics.fileno())
-                    done["metrics_bytes"] = metrics.tell()
+                    done["metrics_bytes"] = os.fstat(metrics.fileno()).st_size
                     save_checkpoint(out / "checkpoint.pt", state, script="train.py", done=done,
                                     args=vars(args), digest=digest, scaler=scaler.state_dict())
             except OSError as error:
