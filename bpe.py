@@ -15,17 +15,17 @@ r"""Byte-pair encoding: text becomes a list of small integers, all that a langua
 Learning starts with the 256 bytes as tokens. It joins the two neighbours that occur most often in a
 text into a new token, again and again, until the vocabulary has the size that was asked for. To
 encode a text, the same joins are made in the same order. As every text is a row of bytes, every
-text can be encoded, and decoding returns exactly its bytes.
+text can be encoded, and decoding returns its bytes.
 
 Terms. *Token*: a string of bytes; its number is its *id*. *Merge*: the rule that joins two tokens
 into a third; its *rank* says how early it was learned, and lower ranks are applied first. *Chunk*:
 about a word of text; nothing is merged across its edges. *Special token*: a token that stands for
-no text, such as <|endoftext|>, which stands before each document.
+no text, such as <|endoftext|>, which, despite its name, begins a document.
 
 Reading order: bytes, splitting, learning, encoding: that is all of BPE. Then the files: formats of
 tokenizers, chats, and texts of any size on all cores; then the command line. The last section has
-faster forms of two functions. They return the same, so it may be skipped. Left out on purpose:
-other kinds of tokenizers. What a file asks for and is not implemented is refused by name.
+faster forms of two functions. They return the same; skip it if you like. Left out on purpose:
+other kinds of tokenizers. If a file asks for what is not implemented, an error names it.
 Sources: Sennrich et al. 2016 (arXiv:1508.07909; BPE on words); Radford et al. 2019 (GPT-2: bytes,
 splitting); tiktoken (patterns, rank files); tokenizers (tokenizer.json, the order of ties).
 """
@@ -101,10 +101,10 @@ PATTERNS = {
     "smollm2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?![^\s\p{N}])|\s+")}
 
-# Which characters are letters (L), numbers (N) and marks (M) is said by Unicode 16, as in tiktoken
-# and tokenizers, so that the ids of a text do not depend on the version of Python. Python 3.11 has
-# Unicode 14. So here is what came later: category, code points in hexadecimal. Python 3.15 has
-# Unicode 17, which is undone: Cn means "not assigned". (Source: DerivedAge.txt of Unicode.)
+# Letters (L), numbers (N) and marks (M) are those of Unicode 16, as in tiktoken and tokenizers,
+# whatever version this Python has. Listed are the categories that changed after Unicode 14, which
+# Python 3.11 has. Cn, "not assigned", undoes Unicode 17, which Python 3.15 has. (Source:
+# unicode.org/Public, UnicodeData.txt.)
 NEWER = {
     "Lu": "1C89 A7CB-A7CC A7DA A7DC 10D50-10D65",
     "Ll": "295 1C8A A7CD A7DB 10D70-10D85 1DF25-1DF2A",
@@ -143,8 +143,8 @@ def category(char: str) -> str:
 def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
     r"""Python's re has no \p{L}, so list the letters, up to U+FFFF: {"L": "A-Za-zªµº...", ...}
 
-    re finds those in a table, but would compare a character above with hundreds of ranges one by
-    one. So each of these gets a stand-in, the last one of its category up to U+FFFF: {"Lu": "Ｚ"}.
+    Up to U+FFFF re looks in a table; above, it would try hundreds of ranges. So split() replaces
+    such a character by the last one of its category up to U+FFFF: {"Lu": "Ｚ", ...}.
     White space is spelled out: Python's \s has U+001C to U+001F, which no other library has.
     """
     members = defaultdict(set)
@@ -163,10 +163,10 @@ def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
 @functools.cache
 def compile_pattern(pattern: str) -> re.Pattern:
     r"""The pattern with \p{..} and \s written as ranges. ValueError unless it is one of PATTERNS:
-    other patterns can have another meaning to re, take exponential time, or match across a CUT."""
+    others can mean something else to re, take exponential time, or match where pieces() cuts."""
     if pattern not in PATTERNS.values():
         raise ValueError(f"the split pattern {pattern[:200]!r} is not in PATTERNS of bpe.py; if it "
-                         "covers any text and has an edge at every CUT (see there), add it")
+                         "covers any text and has an edge wherever pieces() cuts, add it")
     classes, _ = unicode_classes()
 
     def in_class(body):
@@ -184,7 +184,7 @@ def split(text: str, pattern: str) -> list[str]:
     find_chunks = compile_pattern(pattern).findall
     if text.isascii():
         return find_chunks(text)
-    units = text.encode("utf-16-le", "surrogatepass")        # above U+FFFF it takes two units
+    units = text.encode("utf-16-le", "surrogatepass")        # a character above U+FFFF is two
     text = units.decode("utf-16-le", "replace")              # half a pair is no character: U+FFFD
     if len(units) == 2 * len(text):
         return find_chunks(text)
@@ -193,13 +193,14 @@ def split(text: str, pattern: str) -> list[str]:
     ends = itertools.accumulate(map(len, find_chunks(low)), initial=0)
     return [text[begin:end] for begin, end in itertools.pairwise(ends)]
 
-# Texts of any size are worked on in pieces, cut where each pattern has an edge anyway: before a
-# blank after a letter or digit, or after a line end between visible characters.
+# Texts of any size are worked on in pieces, cut where each pattern has an edge anyway, whatever
+# follows: between a letter or digit and white space, or after a line end between a visible
+# character and a letter or digit.
 PIECE = 1 << 16         # characters
 CUT = re.compile(r"[^\W_](?=\s)|\S\n(?=[^\W_])")
 
 def pieces(blocks, size=PIECE):
-    """The blocks of a text, wherever they were cut -> pieces that can be split each on its own."""
+    """Blocks of a text, cut anywhere -> pieces that split() may take one by one."""
     text, at = "", size
     for block in blocks:
         text, begin = text + block, 0
@@ -208,7 +209,7 @@ def pieces(blocks, size=PIECE):
             begin = cut.end()
             at = begin + size
         text = text[begin:]
-        at = max(size, len(text) - 2)         # all before has been searched: CUT sees 3 characters
+        at = max(size, len(text) - 2)         # searched, but a CUT may span two blocks
     if text:
         yield text
 
@@ -284,7 +285,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 DIVIDERS = ("<|endoftext|>", "<|begin_of_text|>")           # one stands before each document
 
 class Tokenizer:
-    """Made by Tokenizer.train() or Tokenizer.load(); ValueError, one line, for what can't be."""
+    """Made by Tokenizer.train() or Tokenizer.load(). Bad input raises a ValueError of one line."""
 
     def __init__(self, vocab, ranks, made, special_tokens, pattern, whole_first=False, nfc=False,
                  plain=()):
@@ -293,14 +294,14 @@ class Tokenizer:
         self.made = made                      # rank -> id of the token it makes
         self.special_tokens = special_tokens  # dict: name -> id
         self.pattern = pattern                # how text is split: a regular expression
-        self.whole_first = whole_first        # a chunk that is a token needs no merges (tiktoken)
+        self.whole_first = whole_first        # a chunk that is in vocab is one token (tiktoken)
         self.nfc = nfc                        # compose e + ´ to é first (Qwen)
-        self.plain = plain                    # those of special_tokens whose file calls them plain
-        compile_pattern(pattern)              # raises, if it can't be honoured
+        self.plain = plain                    # names that the file does not call special
+        compile_pattern(pattern)              # raises, if it is unknown
         special_ids = set(special_tokens.values())           # text never leads to one of these
         self.id_of = {token: i for i, token in enumerate(vocab)
                       if token is not None and i not in special_ids}
-        # SmolLM2's vocabulary lacks 21 bytes, 0x04 for one: as in tokenizers, they get no id.
+        # SmolLM2's vocabulary lacks 21 bytes, 0x04 for one. Like tokenizers, encoding drops them.
         self.byte_ids = [self.id_of.get(bytes([byte])) for byte in range(256)]
         self.divider = next((name for name in DIVIDERS if name in special_tokens), None)
         self.dtype = np.dtype("<u2" if len(vocab) <= 1 << 16 else "<u4")
@@ -334,8 +335,8 @@ class Tokenizer:
         """"To be" -> [2514, 307] with GPT-2's vocabulary. Nothing is added to it.
 
         Text is only text, "<|endoftext|>" 13 characters, unless allowed_special names it (or is
-        "all"): then it is that one token. So with plain added tokens, too, like Qwen 3's <think>,
-        which tokenizers finds in any text.
+        "all"): then it is that one token. Qwen 3's <think>, too, is only text here, though not in
+        tokenizers.
         """
         names = self.special_tokens if allowed_special == "all" else allowed_special
         for name in names:
@@ -351,9 +352,9 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """encode() for much text: an array of self.dtype, no special tokens."""
         if self.nfc:
-            # With the Unicode of this Python. tokenizers has Unicode 9 here: marks from later than
-            # 2016 are not put in order with others beside them (U+0301 U+0899), and U+11935 U+11930
-            # is not composed. Only texts with such a sequence get other ids.
+            # With the Unicode of this Python. tokenizers has Unicode 9 here, so it does not reorder
+            # marks newer than 2016 (U+0301 U+0899), nor compose U+11935 U+11930. Only texts with
+            # such a sequence get other ids.
             text = unicodedata.normalize("NFC", text)
         joined = [b"".join(map(self.cache.__getitem__, split(piece, self.pattern)))
                   for piece in pieces([text])]
@@ -366,7 +367,7 @@ class Tokenizer:
             ids = [self.id_of[word]]
         else:
             ids = [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None]
-            # A list of 20 ids is read again in no time; one of a million would be, a million times.
+            # merge() reads the list again for each merge: fine for 20 ids, not for a million.
             ids = (merge if len(ids) <= 20 else merge_fast)(ids, self.ranks, self.made)
         return np.array(ids, self.dtype).tobytes()
 
@@ -384,8 +385,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path, pattern=None, special_tokens=None):
-        """A tokenizer.json, a directory with one, or a .tiktoken file. That has ranks only: name a
-        pattern for it, and give {name: id} for special tokens."""
+        """A tokenizer.json, a directory with one, or a .tiktoken file. The last has ranks only:
+        name a pattern for it, and give {name: id} for special tokens."""
         path = tokenizer_file(path)
         try:
             if path.suffix != ".tiktoken":
@@ -415,7 +416,7 @@ class Tokenizer:
             "decoder": level,
             "model": {
                 "type": "BPE", "ignore_merges": self.whole_first,
-                # with the special tokens: else, where ids have gaps, the reader numbers them anew
+                # with the special tokens: else tokenizers would renumber them if ids have gaps
                 "vocab": {token: i for i, token in enumerate(spelled) if token is not None},
                 "merges": [[spelled[a], spelled[b]]
                            for a, b in sorted(self.ranks, key=self.ranks.get)]}})
@@ -431,7 +432,7 @@ class Tokenizer:
 
 # ---------------------------------------------------------------- the files of tokenizers
 
-# How tokenizers looks for an added token in a text: blanks beside it are left alone.
+# Tells tokenizers not to swallow the blanks beside an added token.
 AS_IT_IS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 LARGEST_ID = 1 << 22            # ten times that of any model; a list of a billion ids fills memory
 
@@ -440,7 +441,7 @@ def tokenizer_file(path) -> Path:
     return Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
 
 def parse_json(text: str):
-    """json.loads() with one kind of error: without this, a million brackets [ would be another."""
+    """json.loads(), with a ValueError even for a million brackets."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -479,9 +480,9 @@ def read_ranks(path, special_tokens):
 def read_tokenizer_json(content):
     """-> the arguments of Tokenizer(); a ValueError names what is there but not implemented.
 
-    Of the entries that are not looked at none changes the ids of a text. "decoder" is the way back.
-    What "post_processor" puts around the ids (a <|begin_of_text|>, say) is added by whoever wants
-    it, and so are "truncation" and "padding".
+    Entries that are not read here do not change the ids of a text. "decoder" is for decoding; what
+    "post_processor" puts around the ids (a <|begin_of_text|>, say), "truncation" and "padding" are
+    left to the caller.
     """
     def insist(place, part, **allowed):
         for key, values in allowed.items():
@@ -502,7 +503,7 @@ def read_tokenizer_json(content):
         pattern = PATTERNS["smollm2"]
     elif kinds == ["Split", False] and (steps[0]["behavior"], steps[0].get("invert")) in (
             ("Isolated", False), ("Isolated", None), ("Removed", True)):
-        # Removed, inverted: what lies between matches goes; with our patterns, nothing.
+        # Removed, inverted: drops what lies between matches, which is nothing with our patterns.
         pattern = steps[0]["pattern"].get("Regex", "(none)")
     else:
         raise ValueError(f"pre_tokenizer: {json.dumps(pre)[:200]} is not supported here")
@@ -516,8 +517,8 @@ def read_tokenizer_json(content):
             plain.add(added["content"])
     ids = model["vocab"] | special
     if not 0 <= min(ids.values()) <= max(ids.values()) <= LARGEST_ID:
-        raise ValueError(f"ids go from {min(ids.values())} to {max(ids.values())}; the largest here "
-                         f"is {LARGEST_ID}")
+        raise ValueError(f"ids go from {min(ids.values())} to {max(ids.values())}; the largest "
+                         f"here is {LARGEST_ID}")
     vocab = [None] * (1 + max(ids.values()))
     for spelling, i in ids.items():
         if vocab[i] is not None:
@@ -525,7 +526,7 @@ def read_tokenizer_json(content):
         if spelling not in special and not BYTE_OF_CHAR.keys() >= set(map(ord, spelling)):
             raise ValueError(f"the token {spelling!r} (id {i}) is not in GPT-2's byte alphabet")
         vocab[i] = spelling.encode() if spelling in special else unspell(spelling)
-    if not ids.keys() >= set(map(chr, BYTE_OF_CHAR)):        # of what becomes of it, see Tokenizer
+    if not ids.keys() >= set(map(chr, BYTE_OF_CHAR)):        # such bytes are dropped: Tokenizer
         insist("not all bytes have a token; model", model, unk_token=[None])
     ranks, made = {}, []
     for rank, merge in enumerate(model["merges"]):
@@ -561,8 +562,8 @@ def write_json(path, content):
 
 # ---------------------------------------------------------------- chats
 
-# ChatML, as in SmolLM2 and Qwen, without the system message that they put before a chat that has
-# none. The only template: chats are encoded with it to learn from, and opened with it to sample.
+# ChatML, as in SmolLM2 and Qwen; but where a chat has no system message, none is made up. It is the
+# only template: chats are encoded with it to learn from, and opened with it to sample.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -570,10 +571,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 def encode_chat(tokenizer, messages, first_trained=0, reply=False):
-    """[{"role": "user", "content": "Hi"}, ...] -> ids, mask. mask is 1 for tokens to learn:
-
-    what the assistant says, and the <|im_end|> by which it stops, from message number first_trained
-    on, except in messages of "weight" 0. With reply the assistant's next turn is opened: a prompt.
+    """[{"role": "user", "content": "Hi"}, ...] -> ids, mask. mask is 1 for tokens to learn: what
+    the assistant says and the <|im_end|> by which it stops, from message number first_trained on,
+    except in messages of "weight" 0. With reply the assistant's next turn is opened: a prompt.
     Roles and contents are encoded apart, since a prompt has the role alone. (transformers joins
     them: where a content begins with blanks its ids can differ.) Contents are only text.
     """
@@ -604,7 +604,7 @@ ROLE_AFTER = {"": ("system", "user"), "system": ("user",), "user": ("assistant",
 def check_chat(chat):
     """-> the chat, if it is a list of messages, its roles are in order, and no reply is empty"""
     before = ""
-    for message in chat if isinstance(chat, list) else [None]:
+    for message in chat or [None]:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)
                 and isinstance(message.get("content"), str)):
             raise ValueError('a chat must be a list of {"role": string, "content": string}')
@@ -620,12 +620,13 @@ def check_chat(chat):
     return chat
 
 def conversations(row: dict) -> list[tuple[list[dict], int]]:
-    """A line of chats or preferences -> (messages, first_trained): one for a chat, two for a pair.
-
+    """A line of chats or preferences -> [(messages, first_trained)]: one chat, or two of a pair.
     {"messages"}: learn all that the assistant says. {"prompt", "completion"} or {"prompt",
     "chosen", "rejected"}, each a string or a list of messages: learn what comes after the prompt.
     """
     def messages(value, role):
+        if not isinstance(value, (str, list)):
+            raise ValueError(f"a chat must be a list of messages, or a string, not {value!r}")
         return [{"role": role, "content": value}] if isinstance(value, str) else value
 
     kinds = [kind for kind in (("messages",), ("prompt", "completion"),
@@ -662,8 +663,8 @@ def find_files(names, part=(0, 1)) -> list[tuple[str, int, int]]:
             for path, begin, end in zip(paths, ends, ends[1:]) if begin < high and low < end]
 
 def slices(files):
-    """-> (path, first byte, whether a document begins here, text), each about SLICE long. An end
-    inside a character (.jsonl: a line) moves to the next, whichever side of it is asked for."""
+    """-> (path, first byte, whether a document begins here, text), each about SLICE long. A cut
+    inside a character (.jsonl: a line) moves to the next, for both parts alike."""
     def edge(stream, at):
         """The first position from byte `at` on where a character (.jsonl: a line) begins."""
         stream.seek(max(0, at - 1))
@@ -717,17 +718,15 @@ def count_slice(piece, pattern):
                                             for chat, _ in row for message in chat])), pattern)
 
 def encode_slice(piece, tokenizer):
-    """... for encode: -> numbers of bytes, tokens and rows; ids, mask, lengths of chats"""
-    numbers, ids, mask, lengths = Counter(), [[]], [], []
+    """The work for encode: a slice -> counts; ids, mask, lengths of chats"""
+    numbers, ids, mask, lengths, texts = Counter(), [[]], [], [], []
     for begins, row in read_rows(*piece):
         if isinstance(row, str):
             if not tokenizer.divider:
                 raise ValueError(f"the tokenizer has no {DIVIDERS[0]} to put before a document")
-            raw = row.encode("utf-8", "replace")
-            numbers.update(text=1, bytes=len(raw))
-            if numbers["gzip_in"] < SLICE:    # what gzip needs, to compare a model with
-                numbers.update(gzip_in=len(raw), gzip_out=len(zlib.compress(raw)))
-            if begins:                        # so that the first token, too, is predicted from one
+            numbers["text"] += 1
+            texts.append(row)
+            if begins:                        # so that the first token is predicted, too
                 ids.append([tokenizer.special_tokens[tokenizer.divider]])
             ids.append(tokenizer.encode_array(row))
             continue
@@ -738,17 +737,20 @@ def encode_slice(piece, tokenizer):
             mask += chat_mask
             lengths.append(len(chat_ids))
     ids = np.concatenate([np.asarray(some, tokenizer.dtype) for some in ids])
-    numbers["tokens"] = len(ids)
+    numbers["tokens"], raw = len(ids), "".join(texts).encode("utf-8", "surrogatepass")
+    numbers["bytes"] = len(raw)
+    if piece[1] < SLICE:                      # what gzip needs for the first MB, to compare with
+        numbers.update(gzip_in=len(raw), gzip_out=len(zlib.compress(raw)))
     return numbers, ids, np.array(mask, np.uint8), np.array(lengths, np.int64)
 
 def share(*values):
-    """Begins a process: what all its work needs is sent once, and Ctrl-C is left to the parent."""
+    """Starts a process: keep what all slices need; leave Ctrl-C to the parent."""
     global shared
     shared = values
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def work_on(piece):
-    """What a process is asked to do: function(slice, value), with what it was sent at first."""
+    """What a process is asked to do: function(slice, value), with the values that share() kept."""
     function, value = shared
     return function(piece, value)
 
@@ -762,7 +764,7 @@ def parallel(function, value, files, verb):
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)    # processes that are forked inherit this
     pool = ProcessPoolExecutor(cores, initializer=share, initargs=(function, value))
     try:
-        pool.submit(len, ())                                # forks them
+        pool.submit(len, ())                                # the first work starts the processes
         signal.signal(signal.SIGINT, usual)
         while some := list(itertools.islice(work, 4 * cores)):
             for (*_, text), result in zip(some, pool.map(work_on, some)):
@@ -798,8 +800,8 @@ def encode_command(args):
     """turn text or chats into a file of token ids"""
     # Text -> .npy: the ids in a row, mapped into memory by np.load(path, mmap_mode="r").
     # Chats -> .npz: ids and mask (1: learn this token) in a row; chat i is at offsets[i] to
-    # offsets[i + 1]. Of pairs, chat 2i is the chosen and chat 2i + 1 the rejected one; mask leaves
-    # their prompt out. Beside it OUT.json: what made the ids, their digest, and what gzip needs.
+    # offsets[i + 1]. Pair i is the chats 2i (chosen) and 2i + 1 (rejected); mask is 0 in prompts.
+    # OUT.json says what made the ids, their digest, and what gzip needs.
     tokenizer = Tokenizer.load(args.tokenizer)
     maker = hashlib.sha256(tokenizer_file(args.tokenizer).read_bytes()).hexdigest()
     numbers, parts, digest, sidecar = Counter(), [], hashlib.sha256(), Path(f"{args.out}.json")
@@ -826,7 +828,7 @@ def encode_command(args):
         if parts:
             ids, mask, lengths = map(np.concatenate, zip(*parts))
             np.savez(file, ids=ids, mask=mask, offsets=np.cumsum(np.append(0, lengths)))
-        else:                                 # of the same length: numpy leaves room for digits
+        else:                                 # of equal length: numpy leaves room for digits
             np.lib.format.write_array_header_1_0(file, header | {"shape": (numbers["tokens"],)})
         sidecar.unlink(missing_ok=True)       # no old one beside a new file
     write_json(sidecar, {
@@ -839,9 +841,8 @@ def chat_command(args):
     """make a tokenizer ready for chats: their tokens, their template, what ends a reply"""
     Tokenizer.load(args.tokenizer)            # refuses what is not implemented
     file = tokenizer_file(args.tokenizer)
-    tokenizer, config, generation = (
-        read_json(path) if path.exists() else {} for path in (
-            file, file.with_name("tokenizer_config.json"), file.with_name("generation_config.json")))
+    tokenizer, config, generation = (read_json(path) if path.exists() else {} for path in (
+        file, file.with_name("tokenizer_config.json"), file.with_name("generation_config.json")))
     added = tokenizer["added_tokens"] = tokenizer.get("added_tokens") or []
     ids = {token["content"]: token["id"] for token in added}
     for name in CHAT_TOKENS:
@@ -854,12 +855,13 @@ def chat_command(args):
         "chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]})
     ends = generation.get("eos_token_id", [])               # an id, or a list of them
     ends = {*(ends if isinstance(ends, list) else [ends]), end}
-    write_json(Path(args.out, "generation_config.json"), generation | {"eos_token_id": sorted(ends)})
+    generation["eos_token_id"] = sorted(ends)
+    write_json(Path(args.out, "generation_config.json"), generation)
     print(f"{args.out}: a reply begins after {CHAT_TOKENS[0]} ({start}) and ends with "
           f"{CHAT_TOKENS[1]} ({end})")
 
 def show_command(args):
-    """show text cut into tokens of two colours by turns, or chats with what is learned in green"""
+    """show text in tokens of two colours, or chats with what is learned in green"""
     tokenizer = Tokenizer.load(args.tokenizer)
     for name in args.files:
         rows = [(True, name)]
@@ -921,7 +923,7 @@ def main(argv=None) -> int:
         args.function(args)
         return 0
     except KeyboardInterrupt:
-        print("\nbpe.py: interrupted, nothing written", file=sys.stderr)
+        print("\nbpe.py: interrupted; no file is half written", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         where = getattr(error, "filename", None)
@@ -934,7 +936,7 @@ def main(argv=None) -> int:
 # learn() returns; tests compare them on thousands of random texts.
 
 def merge_fast(ids: list[int], ranks: dict, made) -> list[int]:
-    """merge() in n log n steps instead of n * n: a chunk of a million bytes takes 5 s, not weeks.
+    """merge() in n log n steps instead of n * n: a chunk of a million bytes takes seconds.
 
     A heap finds the lowest rank. The tokens are a doubly linked list: position i holds a token, and
     after[i] and before[i] are its neighbours. The list is a ring, closed by one empty position, so
@@ -966,16 +968,17 @@ LEADERS = 1000          # pairs that are kept in order
 def take_batch(pairs) -> list[tuple[int, int]]:
     """Pairs in the order of the rule -> the first few of them, which may be merged together.
 
-    [(1, 2), (1, 3), (4, 2), (2, 5), ...] -> [(1, 2), (1, 3), (4, 2)]: none begins with a token
-    with which another ends, so no two of them can share a token of the text. (2, 5) can share a 2
-    with (1, 2), and its count may fall when (1, 2) is merged, so the batch stops before it.
+    [(1, 2), (1, 3), (4, 2), (2, 5), ...] -> [(1, 2), (1, 3), (4, 2)]: no pair begins with a token
+    that ends another, so no two of them overlap in the text. (2, 5) can overlap (1, 2), and its
+    count may fall when (1, 2) is merged, so the batch stops before it.
 
-    Why is this the same as merging one by one? The pairs of a batch share no tokens, so none
-    changes the count of another. Only a new pair could get in between. But (x, [ab]) occurs only
-    where (x, a) occurred. So it is at most as frequent as (x, a), and its ids are larger: it comes
-    later in the order than (x, a). And (x, a) ends as (a, b) begins. So (x, a) itself comes later
-    than the batch, or it would have stopped it. The same holds for ([ab], y) and (b, y).
-    Only (a, a) can share a token with itself, so it is the last of its batch.
+    Why is this the same as merging one by one? The pairs of a batch do not overlap, so none changes
+    the count of another; counts of other old pairs only fall. Only a new pair could get in between.
+    But (x, [ab]) occurs only where (x, a) occurred. So it is at most as frequent, and its ids are
+    larger: it comes later in the order than (x, a). And (x, a) ends with a, so it would have
+    stopped the batch before itself or before (a, b): it comes later than the batch. If x was itself
+    made in this batch, of (c, d), the same holds with (d, a). And so for ([ab], y) and (b, y).
+    Only (a, a) can overlap itself. It is the last of its batch, so nothing could come after it.
     """
     batch, firsts, seconds = [], set(), set()
     for a, b in pairs:
@@ -989,7 +992,7 @@ def take_batch(pairs) -> list[tuple[int, int]]:
     return batch
 
 def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """learn() in a second for 5 MB, where it would take hours. Two ideas:
+    """learn() in less than a second for 5 MB, where it takes minutes. Two ideas:
 
     1. Keep the counts up to date. A merge changes only the pairs beside it: where x a b y becomes
        x [ab] y, the pairs (x, a), (a, b), (b, y) go, and (x, [ab]), ([ab], y) come.
@@ -1007,11 +1010,11 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     weight = np.repeat(np.array([*counts.values()], np.int64),      # how often the chunk occurs
                        np.array([len(chunk) + 1 for chunk in chunks], np.int64))
 
-    # Pairs get numbers, 1, 2, 3, ..., as they appear; 0 is "no pair". All occurrences of a pair
-    # appear in one batch, the one that makes the younger of its two tokens. So its positions are
-    # listed once, at positions[start[pair]:start[pair + 1]], and can only become fewer.
-    # A merge removes one position and adds at most two pairs: hence 3 * size in all. (Memory of
-    # np.zeros() that is never written to is never used.)
+    # Pairs get numbers, 1, 2, 3, ..., as they appear; 0 is "no pair". A pair can only arise when
+    # the younger of its tokens is made. So its positions are listed once, at
+    # positions[start[pair]:start[pair + 1]], and can only become fewer. At first there are fewer
+    # than size pairs, and each merge removes a position and adds at most two: 3 * size in all.
+    # (Memory of np.zeros() that is never written to is never used.)
     both = np.zeros(3 * size, np.int64)                     # the two ids: a << 32 | b
     count = np.zeros(3 * size, np.int64)                    # how often the pair occurs
     start = np.zeros(3 * size, np.int64)
@@ -1036,9 +1039,9 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
         start[n_pairs] = n_positions
         return new
 
-    # leaders: all pairs up to a certain one, the last, in the order of the rule. The others need
-    # no look until the leaders are used up, because counts only fall: no old pair moves forward,
-    # and a new one is compared with the last when it appears.
+    # leaders: the first pairs in the order of the rule, down to a last one. The others need no look
+    # until the leaders are used up, because counts only fall: no old pair moves forward, and a new
+    # one is compared with the last when it appears.
     leaders, last_count, last_both = add_pairs(np.arange(size, dtype=np.int32)), 1, 1 << 62
     merges = []
     while len(merges) < n_merges:
@@ -1071,7 +1074,8 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
             left, which = left[free], which[free]
 
         # x a b y: three pairs go. Where two merges are neighbours, the b of one is the x of the
-        # other; its pair is 0 by then, so it is not subtracted twice (count[0] is never read).
+        # other; its pair is 0 by then, and what is subtracted from count[0] does not matter. At the
+        # beginning of a chunk x is an EDGE, of the first chunk the last one, -1.
         right, x = after[left], before[left]
         for gone in left, right, x:
             np.subtract.at(count, pair_at[gone], weight[gone])

@@ -24,16 +24,15 @@ What --eval measures depends on what FILE holds. Figures come with their 95% int
     .jsonl of "prompt", "chosen", "rejected"    acc: share of pairs in which chosen is likelier
     .jsonl of "prompt", "answer"                exact: share of prompts that the model answers so
     .jsonl of "messages"                        nats per token of what the assistant says; or, with
-                                                --count REGEX, what the model says in its place
+                                                --count REGEX, words of the model's own replies
 
 A prompt that is a list of messages goes through the chat template; a string is only text. The first
-two compute what EleutherAI's lm-evaluation-harness does, and give its figures.
+two kinds give the figures of EleutherAI's lm-evaluation-harness.
 Left out on purpose: a server (README.md names some that serve the same directory), examples before
 a question (write them into "context"), and any judge of answers but equality.
 Reading order: a model with its tokenizer, text in and out, chat, evaluation, looking inside,
 curves, the command line.
 """
-import argparse
 import codecs
 import hashlib
 import json
@@ -48,13 +47,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpe import CHAT_TOKENS, DIVIDERS, Tokenizer, conversations, encode_chat
+from bpe import CHAT_TOKENS, DIVIDERS, Parser, Tokenizer, conversations, encode_chat
 from gpt import DTYPES, GPT, KVCache, insist, pick_device, quantize, read_json, write_whole
 
 # ---------------------------------------------------------------- a model with its tokenizer
 
 class Speaker:
-    """A model with its tokenizer, and how it is to speak (sampling: arguments of generate()).
+    """A model with its tokenizer, and how to draw its tokens (sampling: arguments of generate()).
     Raises ValueError or OSError, one line, if the directory can't be used."""
     def __init__(self, directory: Path, device, dtype=None, context=None, seed=None, **sampling):
         self.seed, self.sampling = seed, sampling
@@ -82,8 +81,8 @@ class Speaker:
         return (i < len(self.tokenizer.vocab) and self.tokenizer.vocab[i]) or b""
 
 def find_ends(directory: Path, special: dict[str, int]) -> set[int]:
-    """The ids that end a text. The model's own files say which, in the order of transformers; the
-    first two hold an id or a list of ids, the third a name. special: the ids of special tokens."""
+    """The ids that end a text. The model's own files say which, in the order of transformers:
+    eos_token_id is an id or a list of ids, eos_token a name. special: the ids of special tokens."""
     files = "generation_config.json", "config.json", "tokenizer_config.json"
     for entries in [read_json(directory / name) for name in files if (directory / name).exists()]:
         ends, name = entries.get("eos_token_id"), entries.get("eos_token")
@@ -103,8 +102,8 @@ def speak(speaker: Speaker, prompt: list[int], number: int, cache=None, show=Fal
           one_line=False, **changes) -> tuple[list[int], str, str]:
     """Let the model continue a prompt. -> ids and text, without the token that ended them, and why
     it stopped: "ended", "cut", or "stopped" by Ctrl-C (if shown; else it is raised as usual).
-    number: of this answer; each has a seed of its own. cache: what it holds of the prompt is not
-    computed again. show: print text as it is drawn, then the speed. one_line: stop after a line."""
+    number: added to the seed. cache: positions in it are not computed again. show: print text as it
+    is drawn, then the speed. one_line: stop after a line."""
     sampling = speaker.sampling | changes
     size = min(speaker.context, len(prompt) + sampling["max_new_tokens"])
     cache = cache or KVCache(speaker.model, 1, size)
@@ -169,9 +168,9 @@ def read_turns():
 
 def newest_turns(head: list[int], turns: list[list[int]], limit: int) -> list[list[int]]:
     """The turns; if they and the head have more than `limit` tokens, only the newest of them.
-    The oldest go two at a time, because a history begins with the user, and until half of `limit`
-    is free: the cache is of no use to a history that begins elsewhere, so all of it must be read
-    again, and that should not happen at every turn."""
+    The oldest go two at a time, because a history begins with the user, until half of `limit` is
+    free: after that all of the history is read again, because it begins elsewhere, and this should
+    be rare."""
     if len(head) + sum(map(len, turns)) > limit:
         while len(turns) > 2 and len(head) + sum(map(len, turns)) > limit // 2:
             turns = turns[2:]
@@ -180,10 +179,10 @@ def newest_turns(head: list[int], turns: list[list[int]], limit: int) -> list[li
 def chat(speaker: Speaker, system: str):
     """A conversation, until the input ends.
 
-    No turn reads the history again. One KV cache stays from turn to turn, with the keys and values
-    of all tokens so far, and generate() computes only the positions that it does not hold: the new
-    turn. For that, the history must stay the same ids. So an answer is kept as the ids that were
-    drawn, because its text, encoded again, could give others.
+    A turn does not read the history again, unless turns had to be forgotten. One KV cache stays
+    from turn to turn, with the keys and values of all tokens so far, and generate() computes only
+    the positions that it does not hold: the new turn. For that, the history must stay the same ids.
+    So an answer is kept as the ids that were drawn: its text, encoded again, could give others.
     """
     encode, context = partial(encode_chat, speaker.tokenizer), speaker.context
     insist(set(CHAT_TOKENS) <= speaker.tokenizer.special_tokens.keys(), "this model can't chat: its"
@@ -191,7 +190,7 @@ def chat(speaker: Speaker, system: str):
     messages = first = [{"role": "system", "content": system}] if system else []
     head, opening = encode(first)[0], encode([], reply=True)[0]
     closing = encode([{"role": "assistant", "content": ""}])[0][len(opening):]
-    # An answer may be as long as allowed, but at least half of the context is for the history.
+    # Room for the answer: as much as was asked for, but at most half of the context.
     limit = context - min(speaker.sampling["max_new_tokens"], context // 2)
     cache, turns = KVCache(speaker.model, 1, context), []
     remark(HELP)
@@ -233,7 +232,7 @@ def progress(items):
 @torch.inference_mode()
 def nll(speaker: Speaker, ids, mask) -> float:
     """Negative log-likelihood of the tokens that mask marks (never the first), given all before
-    them, in nats. Of a row that is longer than the context, the model sees the end."""
+    them, in nats. A row that is longer than the context loses its beginning."""
     ids, mask = (torch.tensor(np.array(part[-speaker.context - 1:], int), device=speaker.device)
                  for part in (ids, mask))                                       # (T + 1,)
     targets = ids[1:].where(mask[1:] != 0, -100)                                # (T,)
@@ -251,16 +250,16 @@ def interval(values, weights) -> list[float]:
     return [values.sum() / max(1, weights.sum()), *np.quantile(results, (0.025, 0.975)).tolist()]
 
 def measure_text(speaker: Speaker, path: Path) -> dict:
-    """Each token is predicted once, but not the first, a divider. As in the harness, the text is
-    cut into windows side by side, so the first tokens of a window see little before them.
+    """Each token but the first, a divider, is predicted once. As in the harness, the text is cut
+    into windows side by side, so the first tokens of a window see little before them.
 
-    Bits per byte are all the nats / ln 2 / the number of UTF-8 bytes of the text: how many bits for
-    each byte a perfect compressor would need that uses the model. Nats per token can't compare
-    models with different tokenizers, since a longer token costs more. Bytes are the same for all.
+    Bits per byte are all the nats / ln 2 / the number of UTF-8 bytes of the text: what a perfect
+    compressor that uses the model would need for a byte. Nats per token can't compare models with
+    different tokenizers, since a longer token costs more. Bytes are the same for all.
     """
     tokenizer, context, note = speaker.tokenizer, speaker.context, Path(f"{path}.json")
     if path.suffix == ".txt":
-        text = path.read_bytes()
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         ids, size = speaker.begin + tokenizer.encode(text.decode()), len(text)
     else:
         ids = np.load(path, mmap_mode="r")
@@ -281,9 +280,9 @@ def measure_text(speaker: Speaker, path: Path) -> dict:
 
 def encode_pair(speaker: Speaker, context: str, text: str):
     """-> ids of context and text, and a mask that marks those of the text. As in the harness, white
-    space between the two belongs to the text, because tokens begin with it; and the ids of both
-    together are cut after as many as the context alone has. Where one token crosses the seam, this
-    is only nearly right: if nothing is left of the text, the last token counts as the text."""
+    space between the two belongs to the text, because tokens begin with it; and both are encoded
+    together, then cut at the length of the context's ids. If a token spans the cut, this is
+    approximate; if nothing is left of the text, the last token counts as the text."""
     ids = speaker.tokenizer.encode(context + text)
     cut = min(len(speaker.tokenizer.encode(context.rstrip())), len(ids) - 1)
     if cut <= 0:
@@ -318,7 +317,7 @@ def measure_preference(speaker: Speaker, prompt, chosen, rejected) -> dict:
     return {"acc": (costs[0] < costs[1], 1)}
 
 def measure_answer(speaker: Speaker, prompt, wanted: str) -> dict:
-    """exact: are the model's likeliest tokens the answer, except for white space around it? A base
+    """exact: does the model at temperature 0 give the answer, up to white space around it? A base
     model does not stop after an answer. So if it continues a text, and the answer is one line, only
     one line is compared. A reply in a chat ends by itself and is compared whole."""
     insist(isinstance(wanted, str), '"answer" must be a string')
@@ -337,8 +336,9 @@ def measure_chat(speaker: Speaker, messages, patterns, number: int) -> dict:
     turn: does it end by itself, how many words does it say, and how many of them match?"""
     [(messages, first)] = conversations({"messages": messages})
     if not patterns:
-        ids, mask = encode_chat(speaker.tokenizer, messages, first)
-        return {"nats_per_token": (nll(speaker, ids, mask), sum(mask))}
+        ids, mask = (part[-speaker.context - 1:]        # all that nll() looks at
+                     for part in encode_chat(speaker.tokenizer, messages, first))
+        return {"nats_per_token": (nll(speaker, ids, mask), sum(mask[1:]))}
     prompt, _ = encode_chat(speaker.tokenizer, messages[:-1], reply=True)
     _, said, why = speak(speaker, prompt, number)
     words = re.findall(r"\w+", said)
@@ -396,13 +396,13 @@ def explain(speaker: Speaker, text: str) -> list[tuple]:
     """For each token of a text, and for what comes after it (None): the token, what the model paid
     for it (-ln p, in nats), the likeliest three and their probabilities, the guess of each layer.
 
-    A layer's guess is the likeliest token as if the layer were the last: the final norm and the
-    output matrix, applied to what it hands on (the "logit lens", nostalgebraist 2020, on
+    A layer's guess is the token that it would predict if it were the last layer: the final norm and
+    the output matrix, applied to what it hands on (the "logit lens", nostalgebraist 2020, on
     lesswrong.com). Early layers were not trained to be read so: take theirs as a hint.
     """
     model, ids = speaker.model, (speaker.begin + speaker.tokenizer.encode(text))[-speaker.context:]
     insist(ids, "there is no text to explain")
-    guesses = []                                            # of each layer, T ids
+    guesses = []                                            # a list of T ids per layer
 
     def look(layer, inputs, x):                             # x (1, T, C)
         guesses.append(model.lm_head(model.model.norm(x[0])).argmax(dim=-1).tolist())
@@ -448,7 +448,7 @@ def draw_curves(folders: list[Path], by: str) -> Path:
     for folder in folders:
         text = (folder / "metrics.jsonl").read_text("utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
-        # Bits per byte, where the run knows them, are its nats per token times a constant.
+        # Bits per byte are nats per token times a constant of the run, where the run knows it.
         factors = [row["val_bpb"] / row["val_loss"] for row in rows if row.get("val_bpb")]
         units.add("bits per byte" if factors else "nats per token")
         for name, key in ("training", "loss"), ("held out", "val_loss"):
@@ -480,10 +480,6 @@ def draw_curves(folders: list[Path], by: str) -> Path:
 
 # ---------------------------------------------------------------- command line
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):       # argparse itself would print its whole usage before it
-        raise ValueError(f"{message}; see --help")
-
 def text_of(flag: str) -> str:
     """What a flag means: TEXT itself, the contents of @FILE, or for - standard input."""
     if flag == "-":
@@ -511,7 +507,7 @@ def run(argv=None):
     add("--top_p", type=float, default=1.0, metavar="P",
         help="among the likeliest that have probability P together; lower is safer [%(default)s]")
     add("--min_p", type=float, default=0.0, metavar="P",
-        help="among those with P times the best one's probability; higher is safer [%(default)s]")
+        help="among those at least P times as likely as the likeliest; higher: safer [%(default)s]")
     add("--seed", type=int, metavar="N", help="the same seed gives the same text [a new one]")
     add("--context", type=int, metavar="N", help="tokens seen at once [as in training, up to 8192]")
     add("--by", choices=("step", "seconds"), default="step", help="--curves: axis [%(default)s]")
