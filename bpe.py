@@ -393,7 +393,7 @@ class Tokenizer:
                 return cls(*read_tokenizer_json(read_json(path)))
             ranks = read_ranks(path, special_tokens or {})
             return cls(*ranks, PATTERNS.get(pattern, pattern or "(none)"), whole_first=True)
-        except ValueError as error:                          # no JSON, or no UTF-8, is one as well
+        except (ValueError, RecursionError) as error:        # no JSON; a million brackets
             raise ValueError(f"{path}: {error}") from None
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not built as a tokenizer.json is: {error!r}") from None
@@ -440,15 +440,8 @@ def tokenizer_file(path) -> Path:
     """"out/tokenizer" -> "out/tokenizer/tokenizer.json"; a file is itself."""
     return Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
 
-def parse_json(text: str):
-    """json.loads(), with a ValueError even for a million brackets."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("JSON that is too deep") from None
-
 def read_json(path) -> dict:
-    return parse_json(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 def read_ranks(path, special_tokens):
     """A line of a .tiktoken file: a token in base64, a blank, its id, which is its rank as well.
@@ -700,13 +693,13 @@ def read_rows(path, at, begins, text):
     for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
-                row = parse_json(line)
+                row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not an object {...}")
                 one = row.keys().isdisjoint(("messages", "completion", "chosen"))
                 yield True, row["text"] if one and isinstance(row.get("text"), str) \
                     else conversations(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             with open(path, "rb") as stream:
                 number += stream.read(at).count(b"\n")
             raise ValueError(f"{path}, line {number}: {error}") from None
@@ -925,7 +918,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\nbpe.py: interrupted; no file is half written", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         where = getattr(error, "filename", None)
         print(f"bpe.py: {f'{where}: {error.strerror}' if where else error}", file=sys.stderr)
         return 2

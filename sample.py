@@ -237,7 +237,7 @@ def nll(speaker: Speaker, ids, mask) -> float:
                  for part in (ids, mask))                                       # (T + 1,)
     targets = ids[1:].where(mask[1:] != 0, -100)                                # (T,)
     losses = speaker.model(ids[None, :-1], targets[None], reduction="none")     # (1, T)
-    return losses.double().sum().item()
+    return losses.cpu().double().sum().item()       # on the CPU: Macs have no fp64 on their GPU
 
 def interval(values, weights) -> list[float]:
     """sum(values) / sum(weights), a mean if all weights are 1, and the ends of its 95% interval.

@@ -488,7 +488,7 @@ def damage(saved, tmp_path, change):
         pattern={"Regex": "(a+)+b"}), r"(a+)+b"),
     ("a pattern that leaves gaps", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(
         pattern={"Regex": "[0-9]"}), "[0-9]"),
-    ("brackets without end", lambda c: c.update(model="DEEP"), "too deep"),
+    ("brackets without end", lambda c: c.update(model="DEEP"), "recursion"),
     ("no model", lambda c: c.pop("model"), "model"),
 ])
 def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, what, change, says):
