@@ -827,19 +827,19 @@ def leave(code: int):
 def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
     """AdamW for all weights; or Muon for the matrices of the layers, and AdamW for the rest.
 
-    AdamW (arXiv:1711.05101) divides each averaged gradient by its typical size. Weight
-    decay pulls matrices towards 0, but not the scales of norms, which belong near 1. beta2 is 0.95
-    and not 0.999, so that the average of squared gradients can follow a run of hundreds of steps
-    (GPT-3, arXiv:2005.14165, appendix B). Muon (arXiv:2502.16982) makes all directions of a
-    matrix's averaged gradient equally strong, so that rare ones are learned as fast as common ones.
-    Its update has the size of AdamW's (section 2.2 there), so that one --lr serves both."""
+    AdamW (arXiv:1711.05101) divides each averaged gradient by its typical size. Weight decay pulls
+    matrices towards 0, but not the scales of norms, which belong near 1. beta2 is 0.99: the typical
+    size is an average over about a hundred steps. GPT-3 took 0.95, but for batches of millions of
+    tokens; the smaller the batch, the more steps it takes (arXiv:2507.07101). Muon
+    (arXiv:2502.16982) makes all directions of a matrix's averaged gradient equally strong, so that
+    rare ones are learned as fast as common ones. Its updates have the size of AdamW's."""
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     muon = {weight for weight in model.model.layers.parameters()
             if name == "muon" and weight.requires_grad and weight.dim() == 2}
     groups = [{"params": [weight for weight in learned if weight.dim() == 2 and weight not in muon],
                "weight_decay": weight_decay},
               {"params": [weight for weight in learned if weight.dim() < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)]
     if muon:        # in the order of the model: a set has none
         optimizers.append(torch.optim.Muon([weight for weight in learned if weight in muon], lr=lr,
                           weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))

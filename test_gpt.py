@@ -1580,7 +1580,7 @@ def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
     return Trainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=config(per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.0,
-                    adam_beta2=0.95, logging_steps=1, report_to=[], use_cpu=True, max_length=None,
+                    adam_beta2=0.99, logging_steps=1, report_to=[], use_cpu=True, max_length=None,
                     gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
                     **{**extra, **settings}),
         train_dataset=Dataset.from_list(found),
