@@ -656,7 +656,7 @@ def finetune(argv=None) -> int:
         run("sample.py", "--curves", out)
         if args.data is None:       # does it reply, and how often does it say thou, and you?
             run("sample.py", os.path.relpath(args.model), out, "--count",
-                "(?i)thou|thee|thy|thine|thyself", "(?i)ye|you|your|yours|yourself|yourselves",
+                "(?i)th(ou|ee|y|ine|yself)", "(?i)ye|you(r|rs|rself|rselves)?",
                 "--eval", os.path.relpath(HERE / "data" / "shakespeare" / "chat" / "val.jsonl"))
         print(f"\nNow you:  python sample.py {shlex.quote(str(out))} --chat")
     return 0

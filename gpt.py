@@ -862,7 +862,7 @@ def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int,
 
 def out_of_memory(error: Exception) -> bool:
     """Does this error say that memory ran out? torch has a class for that only on GPUs."""
-    messages = ("out of memory", "allocate memory", "enough memory")
+    messages = ("out of memory", "allocate memory", "enough memory", "could not create a primitive")
     return isinstance(error, MemoryError) or any(text in str(error) for text in messages)
 
 # ---------------------------------------------------------------- training tools: a checkpoint

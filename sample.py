@@ -185,8 +185,9 @@ def chat(speaker: Speaker, system: str):
     So an answer is kept as the ids that were drawn: its text, encoded again, could give others.
     """
     encode, context = partial(encode_chat, speaker.tokenizer), speaker.context
-    insist(set(CHAT_TOKENS) <= speaker.tokenizer.special_tokens.keys(), "this model can't chat: its"
-           f" tokenizer lacks {' or '.join(CHAT_TOKENS)}, which python finetune.py sft teaches")
+    end = speaker.tokenizer.special_tokens.get(CHAT_TOKENS[1])
+    insist(end in speaker.ends, f"this model has not learned to end a turn with {CHAT_TOKENS[1]}: "
+           "python finetune.py sft teaches it")
     messages = first = [{"role": "system", "content": system}] if system else []
     head, opening = encode(first)[0], encode([], reply=True)[0]
     closing = encode([{"role": "assistant", "content": ""}])[0][len(opening):]

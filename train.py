@@ -576,7 +576,8 @@ def train(argv=None) -> int:
         run("sample.py", "--curves", out)
         if tokenizer:
             run("sample.py", out, "--max_new_tokens", 150)
-            print(f"\nNow you:  python sample.py {shlex.quote(str(out))} --prompt \"ROMEO:\"")
+            prompt = "--prompt " + ("TEXT" if args.data else '"ROMEO:"')
+            print(f"\nNow you:  python sample.py {shlex.quote(str(out))} {prompt}")
     return 0
 
 def main(argv=None) -> int:
