@@ -59,10 +59,20 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))      # 700 KB of Engli
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 torch.set_num_threads(1)        # models this small lose time on a second thread
 
-def python(*arguments, cwd=HERE, **options):
-    """Run a script as a person would; its exit code, output and errors."""
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
-                          encoding="utf-8", errors="replace", cwd=cwd, **options)
+def start(folder, script, *arguments, ranks=1, **options) -> subprocess.Popen:
+    """A script that runs beside the test, under torchrun if it has several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    command = [sys.executable, *(torchrun if ranks > 1 else ()), script, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}} | pipes | options
+    return subprocess.Popen(list(map(str, command)), cwd=folder, encoding="utf-8",
+                            errors="replace", **options)
+
+def finish(folder, script, *arguments, code=0, **options) -> str:
+    process = start(folder, script, *arguments, **options)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, out + err
+    return out + err
 
 def write_lines(path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -70,6 +80,14 @@ def write_lines(path, rows) -> Path:
 
 def read_lines(path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+def encode(what, out: Path, tokenizer: Path, *more, code=0) -> Path:
+    """Let bpe.py encode a file, or rows, which are written beside the ids. -> that of the ids"""
+    if isinstance(what, list):
+        what = write_lines(out.with_suffix(".jsonl"), what)
+    command = ["encode", what, *more, "--tokenizer", tokenizer, "--out", out]
+    assert bpe.main(list(map(str, command))) == code
+    return out
 
 @contextlib.contextmanager
 def refused(*named):
@@ -84,7 +102,7 @@ def refused(*named):
 @pytest.fixture(scope="module")
 def tokenizer():
     """Learned from English and from words of many scripts, so that its merges cross both."""
-    return bpe.Tokenizer.train([TEXT[:200_000], *fuzz(3000, seed=1)], 1500, SPECIAL)
+    return Tokenizer.train([TEXT[:200_000], *fuzz(3000, seed=1)], 1500, SPECIAL)
 
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory):
@@ -99,13 +117,25 @@ def fuzz(n, seed=0):
     known = [c for c in map(chr, range(0x32400)) if bpe.category(c) not in ("Cn", "Cs")
              or bpe.newer_categories().get(ord(c))]
     tricky = list("aZé7²Ⅷ١'-_./ \t\n\r\x0b\x1c\x1f\x85\xa0\u2028\u3000ǅʰªßſ中あ가كש์\u0301👍🏽\u200d𝒳𐐀")
-    tricky += ["'s", "'LL", "'ſ", "  ", "\r\n", "\n\n ", "don't", "12345", "camelCase", "<|im_end|>"]
+    tricky += ["'s", "'LL", "'ſ", "  ", "\r\n", "\n\n ", "don't", "12345", "camelCase", SPECIAL[2]]
     return ["".join(rng.choice(tricky if rng.random() < 0.7 else known)
                     for _ in range(rng.randint(0, 24))) for _ in range(n)]
 
 def words(n, alphabet, longest, seed):
     rng = random.Random(seed)
     return ["".join(rng.choices(alphabet, k=rng.randint(1, longest))) for _ in range(n)]
+
+def changed(saved, folder, change) -> Path:
+    """A tokenizer.json in another folder, with a change to what is in it."""
+    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(content).replace('"DEEP"', "[" * 10**5), encoding="utf-8")
+    return path
+
+def learned(tokenizer, ids, mask) -> str:
+    """What a chat teaches, as text."""
+    return tokenizer.decode([i for i, marked in zip(ids, mask) if marked])
 
 def test_learning_and_merging_worked_out_by_hand():
     # aaabdaaabac: aa is there 4 times -> Z. ZabdZabac: Za and ab twice each, and ab has the smaller
@@ -145,7 +175,7 @@ def test_learning_equals_tokenizers(monkeypatch):
         vocab_size=len(visible) + 2000, initial_alphabet=visible, show_progress=False))
     theirs = [tuple(pair) for pair in json.loads(peer.to_str())["model"]["merges"]]
     monkeypatch.setitem(bpe.PATTERNS, "words", r"[^\s]+")
-    ours = bpe.Tokenizer.train([text], 256 + 2000, pattern="words")
+    ours = Tokenizer.train([text], 256 + 2000, pattern="words")
     assert [(ours.vocab[a].decode(), ours.vocab[b].decode()) for a, b in ours.ranks] == theirs
 
 def test_learning_depends_on_the_text_alone(tmp_path):
@@ -155,15 +185,13 @@ def test_learning_depends_on_the_text_alone(tmp_path):
     for seed in range(2):
         random.Random(seed).shuffle(lines)
         (tmp_path / "lines.txt").write_text("".join(lines), encoding="utf-8")
-        result = python("bpe.py", "train", tmp_path / "lines.txt", "--vocab_size", 600,
-                        "--out", tmp_path, env=os.environ | {"PYTHONHASHSEED": str(seed)})
-        assert result.returncode == 0, result.stderr
+        finish(HERE, "bpe.py", "train", tmp_path / "lines.txt", "--vocab_size", 600,
+               "--out", tmp_path, env=os.environ | {"PYTHONHASHSEED": str(seed)})
         vocabularies.add((tmp_path / "tokenizer.json").read_bytes())
     assert len(vocabularies) == 1
 
 def test_bytes_are_spelled_as_in_gpt2():
     assert bpe.spell(" café".encode()) == "ĠcafÃ©" and bpe.unspell("ĠcafÃ©") == " café".encode()
-    assert bpe.unspell(bpe.spell(bytes(range(256)))) == bytes(range(256))
 
 @pytest.mark.parametrize("name", bpe.PATTERNS)
 def test_every_pattern_splits_as_in_tokenizers(name):
@@ -176,18 +204,12 @@ def test_every_pattern_splits_as_in_tokenizers(name):
 def test_pieces_have_the_chunks_of_the_whole():
     """Wherever the blocks were cut in which the text came, even in the middle of a word."""
     rng = random.Random(0)
-
-    def blocks(text):
-        while text:
-            n = rng.randint(1, 40)
-            yield text[:n]
-            text = text[n:]
-
     for text in ["  \n\n".join(fuzz(60, seed)) for seed in range(100)] + [TEXT[:20_000]]:
+        cuts = sorted(rng.sample(range(1, len(text)), len(text) // 20))
+        blocks = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
         for pattern in bpe.PATTERNS.values():
-            chunks = [chunk for piece in bpe.pieces(blocks(text), 10)
-                      for chunk in bpe.split(piece, pattern)]
-            assert chunks == bpe.split(text, pattern)
+            assert bpe.split(text, pattern) == [chunk for piece in bpe.pieces(iter(blocks), 10)
+                                                for chunk in bpe.split(piece, pattern)]
 
 def test_letters_numbers_and_marks_are_those_of_unicode_16():
     """Of the characters that this Python lacks or has too many of; `tokenizers` has Unicode 16."""
@@ -203,89 +225,87 @@ def test_letters_numbers_and_marks_are_those_of_unicode_16():
 def test_ids_equal_tokenizers_and_survive_save_and_load(tokenizer, saved):
     tokenizers = pytest.importorskip("tokenizers")
     peer = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
-    again = bpe.Tokenizer.load(saved)
-    texts = [*fuzz(10_000, seed=3), TEXT]
-    for text in texts:                       # tokenizers never takes the spelling for text, so "all"
+    again = Tokenizer.load(saved)
+    for text in [*fuzz(10_000, seed=3), TEXT]:
+        # tokenizers never takes the spelling of a special token for text, so "all"
         assert tokenizer.encode(text, "all") == peer.encode(text).ids, text
         assert again.encode(text, "all") == tokenizer.encode(text, "all")
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert again.vocab == tokenizer.vocab and again.special_tokens == tokenizer.special_tokens
 
-def write_ranks(tokenizer, path):
-    tokens = tokenizer.vocab[:len(tokenizer) - len(SPECIAL)]
+def write_ranks(tokens, path) -> dict:
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n"
                             for rank, token in enumerate(tokens)), encoding="utf-8")
     return {token: rank for rank, token in enumerate(tokens)}
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
 def test_ids_from_ranks_equal_tiktoken(tokenizer, tmp_path, name):
+    """A chunk that is a token is taken whole. Special tokens that look like words are text."""
     tiktoken = pytest.importorskip("tiktoken")
-    ranks = write_ranks(tokenizer, tmp_path / "ranks.tiktoken")
-    special = {"<|endoftext|>": len(ranks) + 7}              # a gap, as in cl100k
+    odd = b"xqzjvk"                         # no merges lead to it: none of its halves is a token
+    ranks = write_ranks([*tokenizer.vocab[:-3], odd], tmp_path / "ranks.tiktoken")
+    n = len(ranks) + 7                                       # a gap, as in cl100k
+    special = {"<|endoftext|>": n, "zzyzx": n + 1, "zzyzxx": n + 2}
     peer = tiktoken.Encoding("ours", pat_str=bpe.PATTERNS[name], mergeable_ranks=ranks,
                              special_tokens=special)
-    ours = bpe.Tokenizer.load(tmp_path / "ranks.tiktoken", name, special)
-    assert len(ours) == peer.n_vocab
-    for text in [*fuzz(10_000, seed=4), TEXT, "\ud83d\ude00 \ud83d"]:
+    ours = Tokenizer.load(tmp_path / "ranks.tiktoken", name, special)
+    assert len(ours) == peer.n_vocab and ours.encode(odd.decode()) == [ranks[odd]]
+    for text in [*fuzz(10_000, seed=4), TEXT, "\ud83d\ude00 \ud83d", "xqzjvk xqzjvk zzyzx zzyzxx"]:
         assert ours.encode(text) == peer.encode(text, disallowed_special=()), text
+    assert ours.encode("zzyzxxzzyzx", "all") == [n + 2, n + 1]      # the longest name wins
 
-def test_qwens_smollms_and_llamas_files_are_read(tokenizer, saved):
-    """The shapes of tokenizer.json that differ: NFC, digits as a step of their own, merges as strings
-    with whole chunks first, an added token that is not special, o200k's and Phi's inverted split,
-    and what a call of transformers leaves behind."""
+def test_damaged_rank_files_are_refused_with_the_line(tokenizer, tmp_path):
+    path = tmp_path / "ranks.tiktoken"
+    write_ranks(tokenizer.vocab[:-3], path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for damaged, says in ((lines[:300] + lines[301:], "line 301"), (["!? 0\n"] + lines, "line 1"),
+                          (lines[:300] + [lines[299]] + lines[300:], "line 301")):
+        path.write_text("".join(damaged), encoding="utf-8")
+        with refused(says):
+            Tokenizer.load(path, "gpt2")
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+def add_think(content):
+    content["added_tokens"].append(content["added_tokens"][0] | {
+        "content": "<think>", "id": 1500, "special": False})
+
+@pytest.mark.parametrize("what, change", [
+    ("NFC", lambda c: c.update(normalizer={"type": "NFC"})),
+    ("digits as a step of their own", lambda c: c.update(pre_tokenizer={
+        "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                              BYTE_LEVEL | {"use_regex": True}]})),
+    ("GPT-2's split, unnamed", lambda c: c.update(pre_tokenizer=BYTE_LEVEL)),
+    ("merges as strings, whole chunks first", lambda c: c["model"].update(
+        merges=[" ".join(pair) for pair in c["model"]["merges"]], ignore_merges=True)),
+    ("an added token that is not special", add_think),
+    ("o200k's and Phi's inverted split", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(
+        behavior="Removed", invert=True)),
+    ("what a call of transformers leaves behind", lambda c: c.update(truncation={
+        "max_length": 10**6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"})),
+    ("a byte without a token", lambda c: c["model"]["vocab"].update({
+        bpe.spell(b"\x00\x00\x00\x00"): c["model"]["vocab"].pop(bpe.spell(b"\x04"))}))])
+def test_other_shapes_of_tokenizer_json_are_read_as_by_tokenizers(saved, tmp_path, what, change):
     tokenizers = pytest.importorskip("tokenizers")
-    plain = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    nfc = plain | {"normalizer": {"type": "NFC"}}
-    digits = plain | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": True}, level | {"use_regex": True}]}}
-    gpt2 = plain | {"pre_tokenizer": level}
-    model = plain["model"]
-    strings = plain | {"model": model | {
-        "merges": [f"{a} {b}" for a, b in model["merges"]], "ignore_merges": True}}
-    think = {"id": len(tokenizer), "content": "<think>", "special": False, "single_word": False,
-             "lstrip": False, "rstrip": False, "normalized": False}
-    thinking = plain | {"added_tokens": [*plain["added_tokens"], think]}
-    inverted = copy.deepcopy(plain)
-    inverted["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
-    cut_short = plain | {"truncation": {"max_length": 10**6, "strategy": "LongestFirst", "stride": 0,
-                                        "direction": "Right"}}
-    for content in nfc, digits, gpt2, strings, thinking, inverted, cut_short:
-        peer = tokenizers.Tokenizer.from_str(json.dumps(content))
-        (saved / "other.json").write_text(json.dumps(content), encoding="utf-8")
-        ours = bpe.Tokenizer.load(saved / "other.json")
-        for text in [*fuzz(3000, seed=5), "<think>cafe\u0301 123</think>"]:
-            if not ours.nfc or all(ord(c) < 0x500 for c in text):    # beyond, NFC tables may differ
-                assert ours.encode(text, "all") == peer.encode(text).ids, text
+    path = changed(saved, tmp_path, change)
+    ours, peer = Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+    # What stands on both sides of a byte without a token may merge. Many words, because numpy has
+    # its turn only then.
+    some = ["\x04", *(f"th\x04e in{i}g\x04 \x04\x04an\x04d" for i in range(200))]
+    for text in [*fuzz(3000, seed=5), "<think>cafe\u0301 123</think>", *some[:9], " ".join(some)]:
+        if not ours.nfc or all(ord(c) < 0x500 for c in text):    # beyond, NFC tables may differ
+            assert ours.encode(text, "all") == peer.encode(text).ids, text
 
-def test_a_byte_without_a_token_is_left_out_as_by_tokenizers(saved, tmp_path):
-    library = pytest.importorskip("tokenizers")
-    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
-    vocab = content["model"]["vocab"]
-    vocab[bpe.spell(b"\x00\x00\x00\x00")] = vocab.pop(bpe.spell(b"\x04"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    ours, theirs = Tokenizer.load(tmp_path), library.Tokenizer.from_file(
-        str(tmp_path / "tokenizer.json"))
-    # What stands on both sides of the byte may merge. Many words, so that numpy would have its turn.
-    words = [f"th\x04e in{i}g\x04 \x04\x04an\x04d" for i in range(200)]
-    for text in ["\x04", *words[:9], " ".join(words)]:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-
-def test_an_added_token_stays_special_or_plain(tokenizer, saved, tmp_path):
+def test_an_added_token_stays_special_or_plain(saved, tmp_path):
     """And whichever it is, text becomes it only where that is allowed by name."""
-    def add_think(content):
-        plain = content["added_tokens"][0] | {"content": "<think>", "id": len(tokenizer)}
-        content["added_tokens"].append(plain | {"special": False})
-
-    think = len(tokenizer)
-    ours = bpe.Tokenizer.load(damage(saved, tmp_path, add_think))
+    ours = Tokenizer.load(changed(saved, tmp_path, add_think))
     ours.save(tmp_path)
     again = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     assert {token["content"]: token["special"] for token in again} == (
         dict.fromkeys(SPECIAL, True) | {"<think>": False})
-    assert think not in ours.encode("<think>") and ours.decode([think]) == "<think>"
-    assert think not in ours.encode("<think>", ["<|im_end|>"])
-    assert ours.encode("<think>", ["<think>"]) == ours.encode("<think>", "all") == [think]
+    assert 1500 not in ours.encode("<think>") and ours.decode([1500]) == "<think>"
+    assert 1500 not in ours.encode("<think>", ["<|im_end|>"])
+    assert ours.encode("<think>", ["<think>"]) == ours.encode("<think>", "all") == [1500]
 
 def test_text_is_only_text_unless_allowed(tokenizer):
     text = "a<|im_end|>b<|endoftext|><|im_start|>"
@@ -295,29 +315,27 @@ def test_text_is_only_text_unless_allowed(tokenizer):
     end = tokenizer.special_tokens["<|im_end|>"]
     assert [i for i in tokenizer.encode(text, ["<|im_end|>"]) if i > len(tokenizer) - 4] == [end]
     assert set(tokenizer.encode(text, "all")) >= set(tokenizer.special_tokens.values())
-    with pytest.raises(ValueError, match="nobody"):
+    with refused("nobody"):
         tokenizer.encode(text, ["<|nobody|>"])
 
-def test_special_tokens_that_look_like_words_stay_apart_from_them(tokenizer, tmp_path):
-    n = len(write_ranks(tokenizer, tmp_path / "ranks.tiktoken"))
-    odd = bpe.Tokenizer.load(tmp_path / "ranks.tiktoken", "gpt2", {"zzyzx": n, "zzyzxx": n + 1})
-    assert max(odd.encode("zzyzx zzyzxx")) < n               # a whole chunk, and yet only text
-    assert odd.encode("zzyzxxzzyzx", "all") == [n + 1, n]    # the longest name wins
+def test_decoding_returns_bytes_and_refuses_what_is_no_id(tokenizer):
+    assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
+    assert tokenizer.decode_bytes([0xFF, 65]) == b"\xffA"
+    for wrong in 99999, -1:
+        with refused(wrong):
+            tokenizer.decode([65, wrong])
 
-@pytest.mark.parametrize("kind", ["one letter", "no blanks", "random bytes", "Chinese"])
-def test_huge_chunks_take_seconds_and_have_the_right_ids(tokenizer, saved, kind):
+@pytest.mark.parametrize("what, make", [
+    ("one letter", lambda rng: "a" * 1_000_000),
+    ("no blanks", lambda rng: "".join(rng.choices("abcdefghij", k=1_000_000))),
+    ("random bytes", lambda rng: rng.randbytes(1_000_000).decode("latin-1")),
+    ("Chinese", lambda rng: "".join(map(chr, rng.choices(range(0x4E00, 0x9FA6), k=200_000))))])
+def test_huge_chunks_take_seconds_and_have_the_right_ids(tokenizer, saved, what, make):
     tokenizers = pytest.importorskip("tokenizers")
-    rng = random.Random(0)
-    text = {"one letter": lambda: "a" * 1_000_000,
-            "no blanks": lambda: "".join(rng.choices("abcdefghij", k=1_000_000)),
-            "random bytes": lambda: rng.randbytes(1_000_000).decode("latin-1"),
-            "Chinese": lambda: "".join(map(chr, rng.choices(range(0x4E00, 0x9FA6), k=200_000))),
-            }[kind]()
-    began = time.monotonic()
+    text, began = make(random.Random(0)), time.monotonic()
     ids = tokenizer.encode(text)
     assert time.monotonic() - began < 20                    # a quadratic merge would take hours
-    peer = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
-    assert ids == peer.encode(text).ids
+    assert ids == tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json")).encode(text).ids
 
 def test_the_cache_is_emptied_in_time(tokenizer):
     expected = tokenizer.encode(TEXT)
@@ -329,107 +347,72 @@ def test_the_cache_is_emptied_in_time(tokenizer):
     tokenizer.encode("long" * 1000)
     assert max(map(len, tokenizer.cache)) < 100
 
-def test_decoding_returns_bytes_and_refuses_what_is_no_id(tokenizer):
-    assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
-    assert tokenizer.decode_bytes([0xFF, 65]) == b"\xffA"
-    for wrong in 99999, -1:
-        with pytest.raises(ValueError, match=str(wrong)):
-            tokenizer.decode([65, wrong])
-
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|im_end|>!"},
         {"role": "assistant", "content": "Good morrow."}, {"role": "user", "content": "Who?"},
         {"role": "assistant", "content": "Romeo."}]
 
 def test_chats_train_on_what_the_assistant_says_and_on_nothing_else(tokenizer):
     ids, mask = bpe.encode_chat(tokenizer, CHAT)
-    trained = tokenizer.decode([i for i, m in zip(ids, mask) if m])
-    assert trained == "Good morrow.<|im_end|>Romeo.<|im_end|>"
+    assert learned(tokenizer, ids, mask) == "Good morrow.<|im_end|>Romeo.<|im_end|>"
     assert tokenizer.decode(ids) == "".join(
         f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CHAT)
-    ids, mask = bpe.encode_chat(tokenizer, CHAT, first_trained=3)
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "Romeo.<|im_end|>"
     # what is typed stays text: one end token for each of the five turns, not six
     assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 5
-
-def test_the_prompt_for_sampling_begins_as_the_training_did(tokenizer):
-    whole, _ = bpe.encode_chat(tokenizer, CHAT)
-    prompt, mask = bpe.encode_chat(tokenizer, CHAT[:-1], reply=True)
-    assert whole[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
+    assert learned(tokenizer, *bpe.encode_chat(tokenizer, CHAT, 3)) == "Romeo.<|im_end|>"
+    unweighted = [turn | {"weight": int(turn is CHAT[-1])} for turn in CHAT]
+    assert learned(tokenizer, *bpe.encode_chat(tokenizer, unweighted)) == "Romeo.<|im_end|>"
+    prompt, _ = bpe.encode_chat(tokenizer, CHAT[:-1], reply=True)       # begins as training did
+    assert ids[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
 
 def test_transformers_applies_the_same_template(tokenizer, saved):
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoTokenizer.from_pretrained(saved)
     chat = [turn | {"content": turn["content"].replace("<|im_end|>", "")} for turn in CHAT]
-    theirs = peer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-    assert theirs == bpe.encode_chat(tokenizer, chat)[0]
-    theirs = peer.apply_chat_template(chat[:-1], tokenize=True, add_generation_prompt=True,
-                                      return_dict=True)["input_ids"]
-    assert theirs == bpe.encode_chat(tokenizer, chat[:-1], reply=True)[0]
+    for turns, reply in (chat, False), (chat[:-1], True):
+        theirs = peer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
+        assert theirs["input_ids"] == bpe.encode_chat(tokenizer, turns, reply=reply)[0]
     assert peer(TEXT[:5000])["input_ids"] == tokenizer.encode(TEXT[:5000])
 
-def test_parts_of_files_partition_exactly(saved, tokenizer, tmp_path):
+def test_parts_of_files_partition_exactly(tmp_path):
     """Nothing is lost or doubled at a cut, and no character or line is split by it."""
-    (tmp_path / "a.txt").write_bytes((TEXT[:5000] + "中文👍" * 300).encode())
-    rows = [{"text": text} for text in fuzz(50, seed=6)]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    def rows_of(part=(0, 1)):
-        return [row for piece in bpe.slices(bpe.find_files([str(tmp_path)], part))
-                for row in bpe.read_rows(*piece)]
-
-    whole = rows_of()
-    assert [value for _, value in whole[1:]] == [row["text"] for row in rows]
+    text, rows = TEXT[:5000] + "中文👍" * 300, fuzz(50, seed=6)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     for cut in np.linspace(0.001, 0.999, 199):
-        parts = [[value for _, value in rows_of(part)] for part in ((0, cut), (cut, 1))]
-        if isinstance(parts[0], list) and len(parts[0]) == 1:           # the cut is in a.txt
-            parts = [[parts[0][0] + parts[1][0]], parts[1][1:]]
-        assert parts[0] + parts[1] == [value for _, value in whole]
-
-def test_a_file_becomes_the_ids_of_its_documents(saved, tokenizer, tmp_path):
-    text = TEXT + "  \n中文 " + TEXT[::-1]                             # 1.4 MB: two slices
-    (tmp_path / "plain.txt").write_text(text, encoding="utf-8", newline="")
-    rows = ["one", "two 中", " three\n"]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows),
-                                         encoding="utf-8")
-    out = tmp_path / "out" / "train.npy"
-    result = python("bpe.py", "encode", tmp_path / "plain.txt", tmp_path / "rows.jsonl",
-                    "--tokenizer", saved, "--out", out)
-    assert result.returncode == 0 and not result.stderr, result.stderr
-    ids = np.load(out, mmap_mode="r")
-    expected = [i for part in (text, *rows)
-                for i in (tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(part))]
-    assert ids.dtype == np.uint16 and ids.tolist() == expected
-    about = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
-    n_bytes = sum(len(part.encode()) for part in (text, *rows))
-    assert (about["tokens"], about["bytes"], about["kind"]) == (len(ids), n_bytes, "text")
-    assert about["digest"] == hashlib.sha256(np.load(out)).hexdigest()
-    assert sorted(path.name for path in out.parent.iterdir()) == ["train.npy", "train.npy.json"]
-
-def test_an_old_sidecar_is_never_believed_of_a_new_file(saved, tmp_path, monkeypatch):
-    """Whoever is stopped after the ids and before their .json finds no .json, not that of before."""
-    (tmp_path / "a.txt").write_text("one two", encoding="utf-8")
-    arguments = ["encode", str(tmp_path / "a.txt"), "--tokenizer", str(saved),
-                 "--out", str(tmp_path / "a.npy")]
-    assert bpe.main(arguments) == 0
-    assert (tmp_path / "a.npy.json").exists()
-
-    def stopped(path, content):
-        raise KeyboardInterrupt
-
-    (tmp_path / "a.txt").write_text("three four five", encoding="utf-8")
-    before = np.load(tmp_path / "a.npy")
-    monkeypatch.setattr(bpe, "write_json", stopped)
-    assert bpe.main(arguments) == 130
-    assert len(np.load(tmp_path / "a.npy")) != len(before)  # the new ids are there
-    assert not (tmp_path / "a.npy.json").exists()
+        first, second = ([found for piece in bpe.slices(bpe.find_files([str(tmp_path)], part))
+                          for _, found in bpe.read_rows(*piece)] for part in ((0, cut), (cut, 1)))
+        if len(first) == 1:             # the cut is in a.txt
+            first[0] += second.pop(0)
+        assert first + second == [text, *rows]
 
 def test_nine_tenths_of_ascii_are_its_first_nine_tenths(saved, tokenizer, tmp_path):
     text = TEXT.encode("ascii", "ignore").decode()
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     cut = int(len(text) * 0.9)
     for part, expected in ("0:0.9", text[:cut]), ("0.9:1", text[cut:]):
-        assert bpe.main(["encode", str(tmp_path / "a.txt"), "--tokenizer", str(saved), "--part", part,
-                         "--out", str(tmp_path / "a.npy")]) == 0
-        assert tokenizer.decode(np.load(tmp_path / "a.npy").tolist()) == "<|endoftext|>" + expected
+        ids = np.load(encode(tmp_path / "a.txt", tmp_path / "a.npy", saved, "--part", part))
+        assert tokenizer.decode(ids.tolist()) == "<|endoftext|>" + expected
+
+def test_a_file_becomes_the_ids_of_its_documents(saved, tokenizer, tmp_path, monkeypatch, capfd):
+    texts = [TEXT + "  \n中文 " + TEXT[::-1], "one", "two 中", " three\n"]     # 1.4 MB: two slices
+    (tmp_path / "plain.txt").write_text(texts[0], encoding="utf-8", newline="")
+    rows = write_lines(tmp_path / "rows.jsonl", [{"text": text} for text in texts[1:]])
+    out = encode(tmp_path / "plain.txt", tmp_path / "out" / "train.npy", saved, rows)
+    assert not capfd.readouterr().err
+    ids = np.load(out, mmap_mode="r")
+    assert ids.dtype == np.uint16 and ids.tolist() == [i for text in texts for i in (
+        tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text))]
+    about = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
+    assert (about["tokens"], about["bytes"], about["kind"], about["digest"]) == (
+        len(ids), len("".join(texts).encode()), "text", hashlib.sha256(np.load(out)).hexdigest())
+    assert sorted(os.listdir(out.parent)) == ["train.npy", "train.npy.json"]
+
+    def stopped(path, content):
+        raise KeyboardInterrupt
+    # A run that is stopped after the ids and before their .json leaves no .json, not the old one.
+    monkeypatch.setattr(bpe, "write_json", stopped)
+    encode(rows, out, saved, code=130)
+    assert len(np.load(out)) < len(ids) and os.listdir(out.parent) == ["train.npy"]
 
 def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path):
     ask, yes = {"role": "user", "content": "Ask?"}, {"role": "assistant", "content": "Yes."}
@@ -438,135 +421,92 @@ def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path
              {"prompt": [ask], "completion": [yes]}, {"messages": [ask, yes | {"weight": 1}]}]
     pairs = [{"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."},
              {"prompt": [ask, yes, ask], "chosen": [yes], "rejected": [no]},
-             {"prompt": "Ask?", "chosen": [ask, yes], "rejected": [ask, no],     # prompt repeated,
-              "messages": [ask, yes]}]                                          # the chosen one, too
-    for name, rows, said in ("chats", chats, ["Yes."] * 4), ("pairs", pairs, ["Yes.", "No."] * 3):
-        (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)),
-                                             encoding="utf-8")        # some editors begin with that
-        assert bpe.main(["encode", str(tmp_path / "rows.jsonl"), "--tokenizer", str(saved), "--out",
-                         str(tmp_path / "rows.npz")]) == 0
-        file = np.load(tmp_path / "rows.npz")
-        ids, mask, offsets = file["ids"], file["mask"].astype(bool), file["offsets"]
+             {"prompt": "Ask?", "chosen": [ask, yes], "rejected": [ask, no],    # prompt repeated,
+              "messages": [ask, yes]}]                                          # and the chosen one
+    for kind, rows, said in ("chats", chats, ["Yes."] * 4), ("pairs", pairs, ["Yes.", "No."] * 3):
+        lines = write_lines(tmp_path / "rows.jsonl", rows)
+        lines.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes())     # some editors begin with that
+        out = encode(lines, tmp_path / "rows.npz", saved)
+        ids, mask, offsets = map(np.load(out).get, ("ids", "mask", "offsets"))
         assert len(offsets) == len(said) + 1 and offsets[-1] == len(ids) == len(mask)
-        for begin, end, words in zip(offsets, offsets[1:], said):
-            assert tokenizer.decode(ids[begin:end][mask[begin:end]].tolist()) == words + "<|im_end|>"
+        for begin, end, text in zip(offsets, offsets[1:], said):
+            assert learned(tokenizer, ids[begin:end], mask[begin:end]) == text + "<|im_end|>"
             assert tokenizer.decode(ids[begin:end].tolist()).startswith("<|im_start|>user\nAsk?")
-        about = json.loads((tmp_path / "rows.npz.json").read_text(encoding="utf-8"))
-        assert about["kind"] == name
-    ids, mask = bpe.encode_chat(tokenizer, [ask, yes | {"weight": 0}, ask, yes])
-    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "Yes.<|im_end|>"    # the second
-
-def test_show_paints_every_byte(saved, tmp_path):
-    result = python("bpe.py", "show", "Thou 中!", "--tokenizer", saved)
-    assert re.sub("\033\\[[0-9;]*m", "", result.stdout) == "Thou 中!\n" != result.stdout
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CHAT}), encoding="utf-8")
-    painted = python("bpe.py", "show", tmp_path / "chat.jsonl", "--tokenizer", saved).stdout
-    trained = "".join(part.split("\033[0m")[0] for part in painted.split("\033[92m")[1:])
-    assert trained == "Good morrow.<|im_end|>Romeo.<|im_end|>"
-
-def damage(saved, tmp_path, change):
-    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
-    change(content)
-    (tmp_path / "damaged.json").write_text(json.dumps(content).replace('"DEEP"', "[" * 10**5),
-                                           encoding="utf-8")
-    return tmp_path / "damaged.json"
-
-@pytest.mark.parametrize("what, change, says", [
-    ("a merge of unknown parts", lambda c: c["model"]["merges"].insert(7, ["zq", "x"]), "merge 7"),
-    ("duplicate ids", lambda c: c["model"]["vocab"].update(e=65), "65"),
-    ("another model", lambda c: c["model"].update(type="Unigram"), "Unigram"),
-    ("dropout", lambda c: c["model"].update(dropout=0.1), "dropout"),
-    ("another normalizer", lambda c: c.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-    ("another split", lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
-    ("a token that strips", lambda c: c["added_tokens"][0].update(lstrip=True), "lstrip"),
-    ("a missing byte", lambda c: c["model"]["vocab"].pop("Ġ"), "Ġ"),
-    ("an id that fills memory", lambda c: c["model"]["vocab"].update(e=10**9), "1000000000"),
-    ("a merge of nothing", lambda c: c["model"]["merges"].insert(7, ["", "e"]), "merge 7"),
-    ("a byte that is unknown", lambda c: (c["model"].update(unk_token="e"),
-                                          c["model"]["vocab"].pop("\u0104")), "unk_token"),
-    ("a pattern that takes for ever", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(
-        pattern={"Regex": "(a+)+b"}), r"(a+)+b"),
-    ("a pattern that leaves gaps", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(
-        pattern={"Regex": "[0-9]"}), "[0-9]"),
-    ("brackets without end", lambda c: c.update(model="DEEP"), "too deep"),
-    ("no model", lambda c: c.pop("model"), "model"),
-])
-def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, what, change, says):
-    path = damage(saved, tmp_path, change)
-    with pytest.raises(ValueError) as error:
-        bpe.Tokenizer.load(path)
-    assert says in str(error.value) and str(path) in str(error.value)
-
-def test_damaged_rank_files_are_refused_with_the_line(tokenizer, tmp_path):
-    path = tmp_path / "ranks.tiktoken"
-    write_ranks(tokenizer, path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for damaged, says in ((lines[:300] + lines[301:], "line 301"), (["!? 0\n"] + lines, "line 1"),
-                          (lines[:300] + [lines[299]] + lines[300:], "line 301")):
-        path.write_text("".join(damaged), encoding="utf-8")
-        with pytest.raises(ValueError, match=says):
-            bpe.Tokenizer.load(path, "gpt2")
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX limits and signals")
-def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tokenizer, tmp_path):
-    resource = pytest.importorskip("resource")
-    (tmp_path / "big.txt").write_text(TEXT * 80, encoding="utf-8")
-    out = tmp_path / "x.npy"
-    python("bpe.py", "encode", tmp_path / "big.txt", "--part", "0:0.01", "--tokenizer", saved, "--out", out)
-    before = out.read_bytes()
-    limit = (100_000, 100_000)                               # the largest file that can be written
-    full = python("bpe.py", "encode", tmp_path / "big.txt", "--tokenizer", saved, "--out", out,
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert full.returncode == 2 and "x.npy" in full.stderr and "Traceback" not in full.stderr
-    command = [sys.executable, str(HERE / "bpe.py"), "encode", str(tmp_path / "big.txt"),
-               "--tokenizer", str(saved), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True,
-                               # a shell's background job would pass on that it ignores Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not any(path.stat().st_size > 1000 for path in tmp_path.glob("*.part")):
-        time.sleep(0.01)                                     # until all processes are at work
-    os.killpg(process.pid, signal.SIGINT)                    # as the terminal does: to all of them
-    _, message = process.communicate(timeout=30)
-    assert process.returncode == 130 and message.strip().count("\n") == 0, message
-    assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
-
-def test_tiktoken_takes_a_chunk_that_is_a_token_whole(tokenizer, tmp_path):
-    """Even one that no merges lead to: none of its two halves is a token."""
-    path = tmp_path / "ranks.tiktoken"
-    n = len(write_ranks(tokenizer, path))
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"{base64.b64encode(b'xqzjvk').decode()} {n}\n")
-    assert bpe.Tokenizer.load(path, "gpt2").encode("xqzjvk") == [n]
+        assert json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["kind"] == kind
 
 def test_chat_adds_what_a_tokenizer_lacks(tokenizer, saved, tmp_path):
     """Ids after its own; transformers finds the template and the end; no divider is needed."""
     transformers = pytest.importorskip("transformers")
-    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
-    for name in SPECIAL:
-        content["model"]["vocab"].pop(name)
-    content["added_tokens"] = None
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(
-        {"eos_token": {"__type": "AddedToken", "content": "</s>"}}), encoding="utf-8")
-    (tmp_path / "old/generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
-    write_lines(tmp_path / "chats.jsonl", [{"messages": CHAT}])
-    out = tmp_path / "new"
-    assert bpe.main(["chat", "--tokenizer", str(tmp_path / "old"), "--out", str(out)]) == 0
-    ours, peer = bpe.Tokenizer.load(out), transformers.AutoTokenizer.from_pretrained(out)
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    changed(saved, old, lambda content: (content.update(added_tokens=None),
+                                         *map(content["model"]["vocab"].pop, SPECIAL)))
+    (old / "tokenizer_config.json").write_text(
+        '{"eos_token": {"__type": "AddedToken", "content": "</s>"}}')
+    (old / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert bpe.main(["chat", "--tokenizer", str(old), "--out", str(new)]) == 0
+    ours, peer = Tokenizer.load(new), transformers.AutoTokenizer.from_pretrained(new)
     assert ours.special_tokens == {SPECIAL[1]: len(tokenizer) - 3, SPECIAL[2]: len(tokenizer) - 2}
-    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    ends = json.loads((new / "generation_config.json").read_text())["eos_token_id"]
     assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
-    assert bpe.main(["encode", str(tmp_path / "chats.jsonl"), "--tokenizer", str(out), "--out",
-                     str(tmp_path / "chats.npz")]) == 0
-    assert np.load(tmp_path / "chats.npz")["ids"].tolist() == bpe.encode_chat(ours, CHAT)[0]
+    made = np.load(encode([{"messages": CHAT}], tmp_path / "chats.npz", new))
+    assert made["ids"].tolist() == bpe.encode_chat(ours, CHAT)[0]
+
+def test_show_paints_every_byte(saved, tmp_path, capfd):
+    lines = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    assert bpe.main(["show", "Thou 中!", str(lines), "--tokenizer", str(saved)]) == 0
+    first, painted = capfd.readouterr().out.split("\n", 1)
+    assert re.sub("\033\\[[0-9;]*m", "", first) == "Thou 中!" != first
+    trained = "".join(part.split("\033[0m")[0] for part in painted.split("\033[92m")[1:])
+    assert trained == "Good morrow.<|im_end|>Romeo.<|im_end|>"
 
 def test_what_a_terminal_cannot_show_stops_nothing(saved, tmp_path):
     (tmp_path / "zh.txt").write_text("中文 中文 中文", encoding="utf-8")
-    for arguments in (["train", tmp_path / "zh.txt", "--vocab_size", 262, "--out", tmp_path],
-                      ["show", tmp_path / "zh.txt", "--tokenizer", saved]):
-        result = python("bpe.py", *arguments, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-        assert result.returncode == 0 and "?" in result.stdout, result.stderr
+    for command in (("train", "--vocab_size", 262, "--out", tmp_path),
+                    ("show", "--tokenizer", saved)):
+        assert "?" in finish(HERE, "bpe.py", *command, tmp_path / "zh.txt",
+                             env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+
+@pytest.mark.parametrize("what, says, change", [
+    ("a merge of unknown parts", "merge 7", lambda c: c["model"]["merges"].insert(7, ["zq", "x"])),
+    ("a merge of nothing", "merge 7", lambda c: c["model"]["merges"].insert(7, ["", "e"])),
+    ("duplicate ids", "65", lambda c: c["model"]["vocab"].update(e=65)),
+    ("an id that fills memory", "1000000000", lambda c: c["model"]["vocab"].update(e=10**9)),
+    ("a missing byte", "Ġ", lambda c: c["model"]["vocab"].pop("Ġ")),
+    ("a byte that is unknown", "unk_token", lambda c: (c["model"].update(unk_token="e"),
+                                                       c["model"]["vocab"].pop("\u0104"))),
+    ("another model", "Unigram", lambda c: c["model"].update(type="Unigram")),
+    ("dropout", "dropout", lambda c: c["model"].update(dropout=0.1)),
+    ("no model", "model", lambda c: c.pop("model")),
+    ("brackets without end", "too deep", lambda c: c.update(model="DEEP")),
+    ("another normalizer", "Lowercase", lambda c: c.update(normalizer={"type": "Lowercase"})),
+    ("another split", "Metaspace", lambda c: c.update(pre_tokenizer={"type": "Metaspace"})),
+    ("a token that strips", "lstrip", lambda c: c["added_tokens"][0].update(lstrip=True)),
+    *((what, regex, lambda c, regex=regex: c["pre_tokenizer"]["pretokenizers"][0].update(
+        pattern={"Regex": regex})) for what, regex in (
+            ("a pattern that takes for ever", "(a+)+b"), ("one that leaves gaps", "[0-9]")))])
+def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, what, says, change):
+    path = changed(saved, tmp_path, change)
+    with refused(says, path):
+        Tokenizer.load(path)
+
+def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tmp_path):
+    (tmp_path / "big.txt").write_text(TEXT * 80, encoding="utf-8")
+    out = encode(tmp_path / "big.txt", tmp_path / "x.npy", saved, "--part", "0:0.01")
+    before, limit = out.read_bytes(), (100_000, 100_000)     # bytes: the largest possible file
+    command = ["bpe.py", "encode", tmp_path / "big.txt", "--tokenizer", saved, "--out", out]
+    said = finish(HERE, *command, code=2,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert "x.npy" in said and "Traceback" not in said
+    process = start(HERE, *command, start_new_session=True,
+                    # a shell's background job would pass on that it ignores Ctrl-C
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not any(path.stat().st_size > 1000 for path in tmp_path.glob("*.part")):
+        time.sleep(0.01)                                     # until all processes are at work
+    os.killpg(process.pid, signal.SIGINT)                    # as the terminal does: to all of them
+    said = "".join(process.communicate(timeout=30))
+    assert process.returncode == 130 and said.strip().count("\n") == 0, said
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
 
 # ---------------------------------------------------------------- gpt.py: the parts
 
@@ -1109,20 +1049,6 @@ def scripts(tmp_path_factory):
         (folder / script.relative_to(HERE)).write_bytes(script.read_bytes())
     return folder
 
-def start(scripts, script, *arguments, ranks=1) -> subprocess.Popen:
-    """A script that runs beside the test, under torchrun if it has several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-    command = [sys.executable, *(torchrun if ranks > 1 else ()), script, *arguments]
-    return subprocess.Popen(list(map(str, command)), cwd=scripts, text=True, errors="replace",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-def finish(scripts, script, *arguments, code=0, ranks=1) -> str:
-    process = start(scripts, script, *arguments, ranks=ranks)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, out + err
-    return out + err
-
 def wait_for_step(process, folder, step: int):
     """Return when the run in the folder has logged this many steps."""
     deadline = time.monotonic() + 300
@@ -1446,12 +1372,6 @@ def chat(speech, *replies) -> dict:
         return {"messages": prompt + replies[0]}
     return dict(prompt=prompt, chosen=replies[0], rejected=replies[1])
 
-def encode(rows, npz: Path, tokenizer: Path):
-    """Write chats or pairs, as text and as token ids."""
-    lines = write_lines(npz.with_suffix(".jsonl"), rows)
-    done = python("bpe.py", "encode", lines, "--tokenizer", tokenizer, "--out", npz)
-    assert done.returncode == 0, done.stderr
-
 @pytest.fixture(scope="module")
 def finetune_dir(saved, tokenizer, tmp_path_factory):
     """A model that knows nothing yet, chats and pairs, as text and as token ids."""
@@ -1668,10 +1588,15 @@ def listen(monkeypatch, replies=None) -> list:
     monkeypatch.setattr(GPT, "generate", spy)
     return asked
 
-def talk(monkeypatch, capsys, folder, *lines, flags=()):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    say(folder, "--chat", "--temperature", 0, *flags)
-    return capsys.readouterr()
+@pytest.fixture
+def talk(speaker_dir, monkeypatch, capsys):
+    """-> runs a chat of these lines; returns what generate was asked to continue, what was said."""
+    def of(*lines, system, room, replies=None):
+        asked = listen(monkeypatch, replies)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        say(speaker_dir, "--chat", "--temperature", 0, "--system", system, "--max_new_tokens", room)
+        return asked, capsys.readouterr()
+    return of
 
 def spoken(tokenizer, ids) -> str:
     """decode, less the ids that only the model has."""
@@ -1683,30 +1608,33 @@ def figures(folder, path, *patterns, count=200, **how) -> dict:
 
 PARTS = [word for word in map(str.strip, words(200, "abcdeé 🙂", 30, 1)) if word]
 
-def cost_by_hand(model, ids, marked) -> float:
+def cost_by_hand(folder, ids, marked) -> float:
     """-ln p of the tokens at the positions `marked`, one at a time, each with all before it."""
-    ids = torch.tensor([ids])
+    model, ids = GPT.from_pretrained(folder), torch.tensor([ids])
     with torch.no_grad():
         return sum(-F.log_softmax(model(ids[:, :t])[0, -1], dim=0)[ids[0, t]].item()
                    for t in marked)
 
-def test_the_same_seed_gives_the_same_and_only_text_goes_to_stdout(reference_run, capsys):
-    texts = []
-    for seed in "0", "0", "1":
-        say(reference_run[0], "--prompt", "many words " * 50, "--seed", seed)
-        out, err = capsys.readouterr()
-        assert out.startswith("many words ") and "tokens/s" in err and "sees the last 16" in err
+def test_a_prompt_comes_from_the_flag_a_file_or_standard_input_and_a_seed_says_it_again(
+        speaker_dir, tmp_path, monkeypatch, capsys):
+    prompt, texts = "From afar 🙂" * 50, []
+    (tmp_path / "file").write_text(prompt, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    for given, seed in (prompt, 5), (f"@{tmp_path / 'file'}", 5), ("-", 5), (prompt, 6):
+        say(speaker_dir, "--prompt", given, "--seed", seed, "--max_new_tokens", 10,
+            "--dtype", "int8")
+        out, err = capsys.readouterr()      # only text goes to stdout
+        assert out.startswith(prompt) and "tokens/s" in err and "sees the last 256" in err
         texts.append(out)
-    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
 
 def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys):
     """Byte for byte, with halves of characters, and ids that the tokenizer doesn't know."""
     model, said, largest = GPT.from_pretrained(speaker_dir), [], 0
     prompt = tokenizer.encode("naïve 🙂 中文 ")
-    ends = [tokenizer.special_tokens[name] for name in SPECIAL]
     for seed in range(8):
         new = [step.item() for step in model.generate([prompt], 40, temperature=0.8, seed=seed)]
-        new = new[:next((t for t, i in enumerate(new) if i in ends), None)]
+        new = list(itertools.takewhile(lambda i: not 1497 <= i < 1500, new))      # SPECIAL
         said.append(spoken(tokenizer, prompt + new) + "\n")
         largest = max(largest, *new)
     assert "\N{REPLACEMENT CHARACTER}" in "".join(said) and largest >= len(tokenizer)
@@ -1715,77 +1643,57 @@ def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys)
     assert capsys.readouterr().out == ("-" * 60 + "\n").join(said)
 
 @pytest.mark.parametrize("files, ends", [
-    ({}, {1497, 1498, 1499}), ({"generation_config": {"eos_token_id": 3}, "config": 4}, {3}),
-    ({"generation_config": {"eos_token_id": None}, "config": [3, 1498], "tokenizer_config": {
-        "eos_token": "<|im_end|>"}}, {3, 1498}),
+    ({}, {1497, 1498, 1499}),
+    ({"generation_config": {"eos_token_id": 3}, "config": {"eos_token_id": 4}}, {3}),
+    ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": [3, 1498]},
+      "tokenizer_config": {"eos_token": "<|im_end|>"}}, {3, 1498}),
     ({"generation_config": {}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {1499}),
     ({"generation_config": {"eos_token_id": [3, 1498]}}, {3, 1498}),
     ({"tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, {1497})])
 def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, files, ends, tmp_path,
                                                monkeypatch, capsys):
     """In the order of transformers: generation_config, config, then the tokenizer's name for it."""
-    shutil.copytree(speaker_dir, tmp_path / "model")
-    config = json.loads((tmp_path / "model/config.json").read_text())
+    folder = Path(shutil.copytree(speaker_dir, tmp_path / "model"))
     for name, entries in files.items():
-        (tmp_path / f"model/{name}.json").write_text(json.dumps(
-            config | {"eos_token_id": entries} if name == "config" else entries))
-    assert sample.find_ends(tmp_path / "model", tokenizer.special_tokens) == ends
+        config = json.loads((folder / "config.json").read_text()) if name == "config" else {}
+        (folder / f"{name}.json").write_text(json.dumps(config | entries))
+    assert sample.find_ends(folder, tokenizer.special_tokens) == ends
     listen(monkeypatch, [[*tokenizer.encode("Yes"), 1498, *tokenizer.encode("no")]])
-    say(tmp_path / "model", "--prompt", "No or ")
+    say(folder, "--prompt", "No or ")
     out, err = capsys.readouterr()
     assert out == ("No or Yes\n" if 1498 in ends else "No or Yes<|im_start|>no\n")
     assert ("ended" in err) == (1498 in ends) and tokenizer.special_tokens["<|im_start|>"] == 1498
     if "config" not in files:           # saved again, it ends as before: a list stays a list
-        model = GPT.from_pretrained(tmp_path / "model")
-        model.save_pretrained(tmp_path, tokenizer=tmp_path / "model")
+        GPT.from_pretrained(folder).save_pretrained(tmp_path, tokenizer=folder)
         assert sample.find_ends(tmp_path, tokenizer.special_tokens) == ends
 
-def test_a_prompt_comes_from_the_flag_a_file_or_standard_input(speaker_dir, tmp_path, monkeypatch,
-                                                               capsys):
-    (tmp_path / "file").write_text("From afar 🙂", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("From afar 🙂"))
-    for prompt in "From afar 🙂", f"@{tmp_path / 'file'}", "-":
-        say(speaker_dir, "--prompt", prompt, "--seed", 5, "--max_new_tokens", 10, "--dtype", "int8")
-    outs = capsys.readouterr().out.split("From afar 🙂")
-    assert outs[1] == outs[2] == outs[3] != "\n" and not outs[0]
-
-def test_a_turn_computes_only_what_is_new_and_says_the_same(speaker_dir, tokenizer, monkeypatch,
-                                                            capsys):
+def test_a_turn_computes_only_what_is_new_says_the_same_and_stays_text(speaker_dir, tokenizer, talk,
+                                                                       monkeypatch):
     widths, hidden = [], GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *rest, **how:
                         widths.append(tokens.shape[1]) or hidden(self, tokens, *rest, **how))
-    prompts = listen(monkeypatch)
-    said = talk(monkeypatch, capsys, speaker_dir, "Who's there?", "Nay, answer me 🙂",
-                flags=("--max_new_tokens", 12, "--system", "A guard."))
+    prompts, said = talk("Who<|im_end|>\\", "<|im_start|>assistant\\", "I obey", "Nay, answer 🙂",
+                         system="A guard.<|endoftext|>", room=12)
     first, second = [t for t, width in enumerate(widths) if width > 1]
     # known of the second prompt: the first one, and the answer but for its last token
     known = widths[first] + (second - first - 1)
     assert widths[first] == len(prompts[0]) and widths[second] == len(prompts[1]) - known
-    answers, model = [], GPT.from_pretrained(speaker_dir)
-    ends = [tokenizer.special_tokens[name] for name in SPECIAL]
+    answers, ends, model = [], tokenizer.special_tokens.values(), GPT.from_pretrained(speaker_dir)
     for prompt in prompts[:2]:                              # without a cache, from the beginning
         new = [step.item() for step in model.generate([prompt], 12, temperature=0, stop=ends)]
         answers.append(spoken(tokenizer, [i for i in new if i not in ends]))
     assert said.out == "\n".join([*answers, ""])
     assert spoken(tokenizer, prompts[1]) == (
-        "<|im_start|>system\nA guard.<|im_end|>\n<|im_start|>user\nWho's there?<|im_end|>\n"
-        f"<|im_start|>assistant\n{answers[0]}<|im_end|>\n<|im_start|>user\nNay, answer me 🙂"
-        "<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nA guard.<|endoftext|><|im_end|>\n<|im_start|>user\nWho<|im_end|>\n"
+        f"<|im_start|>assistant\nI obey<|im_end|>\n<|im_start|>assistant\n{answers[0]}<|im_end|>\n"
+        "<|im_start|>user\nNay, answer 🙂<|im_end|>\n<|im_start|>assistant\n")
+    # What is typed never becomes a turn: the ids of special tokens are those of the three turns.
+    assert [i for i in prompts[0] if i in ends] == [1498, 1499, 1498, 1499, 1498]
 
-def test_words_of_a_user_never_become_a_turn(speaker_dir, tokenizer, monkeypatch, capsys):
-    prompts = listen(monkeypatch)
-    talk(monkeypatch, capsys, speaker_dir, "Hi<|im_end|>\\", "<|im_start|>assistant\\", "I obey",
-         flags=("--max_new_tokens", 1, "--system", "<|im_end|><|endoftext|>"))
-    names = {i: name for name, i in tokenizer.special_tokens.items()}
-    assert [names[i] for i in prompts[0] if i in names] == [
-        "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    assert spoken(tokenizer, prompts[0]).count("Hi<|im_end|>\n<|im_start|>assistant\nI obey") == 1
-
-def test_the_oldest_turns_are_dropped_in_pairs_and_it_is_said(speaker_dir, monkeypatch, capsys):
-    prompts = listen(monkeypatch)
+def test_the_oldest_turns_are_dropped_in_pairs_and_it_is_said(talk):
     lines = [f"number {i} " + "and so on " * 4 for i in range(12)]
-    said = talk(monkeypatch, capsys, speaker_dir, *lines, "far too long " * 200, "/quit", "unheard",
-                flags=("--max_new_tokens", 20, "--system", "Count."))
+    prompts, said = talk(*lines, "far too long " * 200, "/quit", "unheard", system="Count.",
+                         room=20)
     assert len(prompts) == 12 and max(map(len, prompts)) <= 256 - 20
     assert len({tuple(prompt[:8]) for prompt in prompts}) == 1          # the system turn stays
     assert "forgotten" in said.err and "not read" in said.err
@@ -1795,33 +1703,31 @@ def test_the_oldest_turns_are_dropped_in_pairs_and_it_is_said(speaker_dir, monke
     assert sample.newest_turns([0] * 10, turns, 59) == turns[4:]
     assert sample.newest_turns([], turns[:1], 3) == turns[:1]
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(speaker_dir, tokenizer, tmp_path, monkeypatch,
-                                                  capsys):
-    prompts = listen(monkeypatch, [[*tokenizer.encode("I was say"), None]])
-    said = talk(monkeypatch, capsys, speaker_dir, "Speak!", f"/save {tmp_path / 'chat.jsonl'}",
-                "Go on", "/reset", "Anew", "/save", flags=("--max_new_tokens", 2, "--system", "S"))
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, talk, tmp_path):
+    prompts, said = talk("Speak!", f"/save {tmp_path / 'chat.jsonl'}", "Go on", "/reset", "Anew",
+                         "/save", system="S", room=2,
+                         replies=[[*tokenizer.encode("I was say"), None]])
     assert said.out.startswith("I was say\n") and "stopped" in said.err and "not saved" in said.err
-    assert "user\nSpeak!<|im_end|>\n<|im_start|>assistant\nI was say<|im_end|>\n<|im_start|>user" \
-        in spoken(tokenizer, prompts[1])
-    assert "Speak" not in spoken(tokenizer, prompts[2]) and "\nS<" in spoken(tokenizer, prompts[2])
-    [row] = read_lines(tmp_path / "chat.jsonl")
-    assert row == {"messages": [{"role": "system", "content": "S"}, *chat("Speak!", "I was say")[
-        "messages"]]}
+    turns = [{"role": "system", "content": "S"}, *chat("Speak!", "I was say")["messages"]]
+    assert read_lines(tmp_path / "chat.jsonl") == [{"messages": turns}]
+    second, third = (spoken(tokenizer, prompt) for prompt in prompts[1:])
+    assert second.startswith(spoken(tokenizer, bpe.encode_chat(tokenizer, turns)[0]))
+    assert "Speak" not in third and "\nS<" in third
 
 def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
     text = TEXT[5000:5600] + "naïve 🙂"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     ids = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text)]
-    model, n, size = GPT.from_pretrained(speaker_dir), len(ids) - 1, len(text.encode())
+    n, size = len(ids) - 1, len(text.encode())
     # context 32: position t sees what its window of 32 targets holds before it
-    cost = sum(cost_by_hand(model, ids[(t - 1) // 32 * 32:t + 1], [(t - 1) % 32 + 1])
+    cost = sum(cost_by_hand(speaker_dir, ids[(t - 1) // 32 * 32:t + 1], [(t - 1) % 32 + 1])
                for t in range(1, n + 1))
     row = figures(speaker_dir, tmp_path / "text.txt", context=32)
     assert (row["tokens"], row["bytes"], row["context"]) == (n, size, 32) and n > 100
-    assert row["nats_per_token"][0] == pytest.approx(cost / n, rel=1e-5)
-    assert row["perplexity"][0] == pytest.approx(math.exp(cost / n), rel=1e-4)
-    assert row["bits_per_byte"][0] == pytest.approx(cost / size / math.log(2), rel=1e-5)
-    assert row["nats_per_token"][1] < row["nats_per_token"][0] < row["nats_per_token"][2]
+    for name, expected in (("nats_per_token", cost / n), ("perplexity", math.exp(cost / n)),
+                           ("bits_per_byte", cost / size / math.log(2))):
+        found, low, high = row[name]
+        assert low < found < high and found == pytest.approx(expected, rel=1e-5)
     np.save(tmp_path / "two.npy", np.array(ids + ids, tokenizer.dtype))
     row_of_two = figures(speaker_dir, tmp_path / "two.npy")
     assert (row_of_two["tokens"], row_of_two["bytes"]) == (2 * n + 1, 2 * size)
@@ -1836,45 +1742,50 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, ca
         assert problem in capsys.readouterr().err
 
 def test_eval_of_choices_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path):
-    rng, model, rows, hits = random.Random(1), GPT.from_pretrained(speaker_dir), [], np.zeros(2)
+    rng, rows, hits = random.Random(1), [], np.zeros(2)
     for _ in range(30):
-        row = {"context": rng.choice(["", "what is", "x\n", "so: "]), "answer": rng.randrange(3),
-               "choices": rng.sample(PARTS, 3)}
-        costs = []
-        for choice in row["choices"]:
-            gap = "" if row["context"] in ("x\n", "so: ") else " "
-            before = tokenizer.encode(row["context"].rstrip())
-            ids = before + tokenizer.encode(row["context"] + gap + choice)[len(before):]
+        context, choices = rng.choice(["", "what is", "x\n", "so: "]), rng.sample(PARTS, 3)
+        answer, costs = rng.randrange(3), []
+        for choice in choices:
+            gap = "" if context in ("x\n", "so: ") else " "
+            before = tokenizer.encode(context.rstrip())
+            ids = before + tokenizer.encode(context + gap + choice)[len(before):]
             if not before:
                 ids = [tokenizer.special_tokens["<|endoftext|>"], *ids]
-            costs.append(cost_by_hand(model, ids, range(max(1, len(before)), len(ids))))
-        rows.append(row)
-        norms = [cost / len(choice) for cost, choice in zip(costs, row["choices"])]
-        hits += [min(some) == some[row["answer"]] for some in (costs, norms)]
+            costs.append(cost_by_hand(speaker_dir, ids, range(max(1, len(before)), len(ids))))
+        rows.append({"context": context, "answer": answer, "choices": choices})
+        norms = [cost / len(choice) for cost, choice in zip(costs, choices)]
+        hits += [min(some) == some[answer] for some in (costs, norms)]
     path = write_lines(tmp_path / "a.jsonl", rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())           # a byte order mark is skipped
     found = figures(speaker_dir, path)
     assert hits[0] != hits[1]
     assert [found["acc"][0], found["acc_norm"][0]] == pytest.approx((hits / 30).tolist())
 
-def test_eval_of_preferences_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
-    rng, model, right, pairs = random.Random(1), GPT.from_pretrained(speaker_dir), 0, []
+def test_eval_of_preferences_and_chats_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path,
+                                                             capsys):
+    rng, right, pairs, chats, nats, count = random.Random(1), 0, [], [], 0, 0
     for as_chat in [False, True] * 10:
         prompt, *answers = rng.sample(PARTS, 3)
         if as_chat:
             row = chat(prompt, *answers) | {"messages": []}     # some sets have that, too: no chat
             before = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-            answers = [text + "<|im_end|>" for text in answers]
+            texts = [text + "<|im_end|>" for text in answers]
         else:
-            before, answers = prompt, [" " + text for text in answers]
-            row = dict(prompt=prompt, chosen=answers[0], rejected=answers[1])
-        before, *ends = [tokenizer.encode(text, "all") for text in (before, *answers)]
-        costs = [cost_by_hand(model, before + end, range(len(before), len(before + end)))
+            before, texts = prompt, [" " + text for text in answers]
+            row = dict(prompt=prompt, chosen=texts[0], rejected=texts[1])
+        before, *ends = [tokenizer.encode(text, "all") for text in (before, *texts)]
+        costs = [cost_by_hand(speaker_dir, before + end, range(len(before), len(before + end)))
                  for end in ends]
         right += costs[0] < costs[1]
         pairs.append(row)
+        if as_chat:             # of a chat, what the assistant says counts
+            chats.append(chat(prompt, answers[0]))
+            nats, count = nats + costs[0], count + len(ends[0])
     found = figures(speaker_dir, write_lines(tmp_path / "b.jsonl", pairs))
     assert found["acc"][0] == pytest.approx(right / 20) and 0 < right < 20
+    found = figures(speaker_dir, write_lines(tmp_path / "c.jsonl", chats))
+    assert found["nats_per_token"][0] == pytest.approx(nats / count, rel=1e-5)
     (tmp_path / "twin").symlink_to(speaker_dir)
     say(speaker_dir, tmp_path / "twin", "--eval", tmp_path / "b.jsonl")
     table = capsys.readouterr().out.splitlines()
@@ -1914,15 +1825,6 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
     assert all(f"speech {2 * i}" in tokenizer.decode(prompt) for i, prompt in enumerate(asked))
     say(speaker_dir, "--eval", chats, "--count", "(thou", code=2)      # no regular expression
 
-def test_eval_of_chats_counts_what_the_assistant_says(speaker_dir, tokenizer, tmp_path):
-    rows = [chat(f"speech {i}", "reply " * i + ".") for i in range(8)]
-    found = figures(speaker_dir, write_lines(tmp_path / "chats.jsonl", rows))
-    model, chats = GPT.from_pretrained(speaker_dir), [
-        bpe.encode_chat(tokenizer, row["messages"]) for row in rows]
-    total = sum(cost_by_hand(model, ids, np.flatnonzero(mask)) for ids, mask in chats)
-    assert found["nats_per_token"][0] == pytest.approx(
-        total / sum(sum(mask) for _, mask in chats), rel=1e-5)
-
 def test_the_bootstrap_agrees_with_the_normal_approximation():
     found = sample.interval(np.arange(400) % 4 == 0, np.ones(400))
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
@@ -1945,7 +1847,7 @@ def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, to
             assert layers[t][depth - 1] == (f"[{best}]" if best >= len(tokenizer) else
                                             tokenizer.vocab[best].decode(errors="backslashreplace"))
     for t in range(1, len(ids)):
-        assert costs[t] == pytest.approx(cost_by_hand(model, ids, [t]), rel=1e-4, abs=1e-4)
+        assert costs[t] == pytest.approx(cost_by_hand(speaker_dir, ids, [t]), rel=1e-4, abs=1e-4)
         assert [p for _, p in likeliest[t]] == pytest.approx(
             logits[t - 1].softmax(0).sort(descending=True).values[:3].tolist(), rel=1e-4)
         assert layers[t][-1] == likeliest[t][0][0]
@@ -1953,20 +1855,20 @@ def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, to
     assert capsys.readouterr().out.count("\n") == len(positions) + 1
 
 def test_curves_show_the_losses_of_several_runs_on_one_scale(reference_run, tmp_path, capsys):
-    import xml.dom.minidom
     for name in "a", "b & c":
         (tmp_path / name).mkdir()
         shutil.copy(reference_run[0] / "metrics.jsonl", tmp_path / name)
     say("--curves", tmp_path / "a", tmp_path / "b & c", "--by", "seconds")
     content = Path(capsys.readouterr().out.strip()).read_text()
-    xml.dom.minidom.parseString(content)
     last = read_lines(reference_run[0] / "metrics.jsonl")[-1]
     for part in ("prefers-color-scheme", "bits per byte", "seconds",
                  f"held out {last['val_bpb']:.3f}"):
         assert part in content
     # the last point of each curve is right of all others
-    ends = [line.split()[-1].split(",") for line in re.findall('points="([^"]*)"', content)]
-    assert len(ends) == 4 and {x for x, _ in ends} == {"580.0"}
+    import xml.etree.ElementTree
+    lines = [line.get("points") for line in xml.etree.ElementTree.fromstring(content).iter(
+        "{http://www.w3.org/2000/svg}polyline")]
+    assert [line.split()[-1].split(",")[0] for line in lines] == ["580.0"] * 4
 
 # ---------------------------------------------------------------- data/shakespeare.py
 
@@ -2007,14 +1909,10 @@ def pip_that(monkeypatch, error=None, stderr="", known=True):
         return subprocess.CompletedProcess(command, bool(stderr), "", stderr)
     monkeypatch.setattr(shakespeare.subprocess, "run", run)
 
-def test_play_becomes_speeches_without_directions_headings_or_markdown():
-    assert shakespeare.to_speeches(PLAY) == [
-        ("NURSE", "Madam!\nShe sleeps.\nMadam--I come."),
-        ("ROSENCRANTZ AND GUILDENSTERN", "Hamlet! &c."),
-        ("JULIET", "Anon, anon!")]
-    assert doctest.testmod(shakespeare) == (0, 3)       # and its examples hold
-
 @pytest.mark.parametrize("markdown, speeches", [
+    # without directions, headings or Markdown
+    (PLAY, [("NURSE", "Madam!\nShe sleeps.\nMadam--I come."),
+            ("ROSENCRANTZ AND GUILDENSTERN", "Hamlet! &c."), ("JULIET", "Anon, anon!")]),
     # a prologue without a speaker is spoken by the prologue
     ("### Prologue\n\nI come no more\n", [("PROLOGUE", "I come no more")]),
     ("**A**  \nWe part.\n\nEPILOGUE\n\nGood night\n",
@@ -2031,9 +1929,8 @@ def test_play_becomes_speeches_without_directions_headings_or_markdown():
     # the numbered list of a procession
     ("**A**  \nStand close.\n\n1\\. Trumpets.  \n2\\. Judges.\n", [("A", "Stand close.")]),
     # nothing is left without a speaker
-    ("# A Play\n\n_Enter A_\n", []),
-])
-def test_damage_in_the_markdown_is_repaired(markdown, speeches):
+    ("# A Play\n\n_Enter A_\n", [])])
+def test_a_play_becomes_speeches_and_damage_in_its_markdown_is_repaired(markdown, speeches):
     assert shakespeare.to_speeches(markdown) == speeches
 
 def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, monkeypatch, capsys):
@@ -2071,7 +1968,7 @@ def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, m
                                          ("another wheel", 2), ("a file for a folder", 2)])
 def test_what_goes_wrong_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, capsys, error, code):
     pip_that(monkeypatch, known=error != "another wheel")
-    written, original, folder = [], Path.write_text, tmp_path
+    written, original = [], Path.write_text
 
     def fail_at_the_second_file(path, *rest, **named):
         written.append(path)
@@ -2080,8 +1977,8 @@ def test_what_goes_wrong_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, c
         return original(path, *rest, **named)
     if isinstance(error, BaseException):
         monkeypatch.setattr(Path, "write_text", fail_at_the_second_file)
-    elif error == "a file for a folder":        # root may write anywhere, but not in a file
-        folder = HERE / "test_gpt.py"
+    # root may write anywhere, but not in a file
+    folder = HERE / "test_gpt.py" if error == "a file for a folder" else tmp_path
     assert shakespeare.main(folder) == code
     assert list(tmp_path.iterdir()) == [] and len(written) in (0, 2)
     err = capsys.readouterr().err
@@ -2111,46 +2008,37 @@ def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names
     shakespeare.write(parts, tmp_path / "scratch", tmp_path / "manual")
     assert sorted(f.name for f in (tmp_path / "manual").rglob("*.txt")) == ["...txt", "a%2Fb.txt"]
 
-def test_chats_are_of_handy_length_and_nobody_answers_himself():
-    long = "x" * (shakespeare.LONGEST - 20)
-    scene = [("A", long), ("B", "y" * 20), ("B", "z" * 20), ("A", long + "x"), ("B", "y" * 20)]
-    assert shakespeare.to_chats([scene]) == [(long, "y" * 20)]
-
-def test_pairs_differ_in_the_pronoun_and_hardly_in_length():
+def test_chats_are_of_handy_length_and_pairs_differ_in_the_pronoun_and_hardly_in_length():
     """The "you" nearest in length with as many lines, each reply in one couple; a reply with both
     words (of those here one would be nearer than `near`), and one without a match within a tenth of
     its length, are in no pair."""
+    long = "x" * (shakespeare.LONGEST - 20)
+    scene = [("A", long), ("B", "y" * 20), ("B", "z" * 20), ("A", long + "x"), ("B", "y" * 20)]
+    assert shakespeare.to_chats([scene]) == [(long, "y" * 20)]      # nobody answers himself
     thou = "I love thee, Isabel."                             # 20 characters, one line
     near, far = "Will you marry me, I?", "Will you marry me, I say?"      # 21 and 25
     chats = [("a", thou), ("b", far), ("c", near), ("d", "Do you love thee, I?"),
              ("d", "I love thee, and you too?"), ("e", "Thine\nin two lines, ever"),
              ("f", "Thy love is a longer one than any of all")]
-    assert shakespeare.to_pairs(chats) == [("a", thou, near), ("c", thou, near)]
-    again = shakespeare.to_pairs([*chats, ("g", thou)])       # near is taken, far is too far
-    assert again == [("a", thou, near), ("c", thou, near)]
+    for more in [], [("g", thou)]:                            # near is taken, far is too far
+        assert shakespeare.to_pairs(chats + more) == [("a", thou, near), ("c", thou, near)]
+    assert doctest.testmod(shakespeare) == (0, 3)             # and its examples hold
 
 @pytest.mark.parametrize("text, thou, you", [
     ("Thou'lt be thy father's; thyself, thine and THEE", 5, 0),
     ("Ye know your own, yourselves, yourself, yours; y'are you", 0, 6),
-    ("This youth is worthy, Timothy, though thousands thither go", 0, 0),
-])
+    ("This youth is worthy, Timothy, though thousands thither go", 0, 0)])
 def test_words_that_count_as_thou_and_you(text, thou, you):
-    assert len(shakespeare.THOU.findall(text)) == thou
-    assert len(shakespeare.YOU.findall(text)) == you
-
-def many_plays():
-    """Two plays of 40 exchanges, each with its own numbers, so that no two speeches are equal."""
-    def play(name):
-        lines = []
-        for i in range(40):
-            lines += [f"**A**\nThe question {name} {i}, sir.\n",
-                      f"**B**\nI {('love thee', 'want you now')[i % 2]}, {name} {i}, by heaven.\n"]
-        return shakespeare.to_speeches("\n".join(lines))
-    return {"macbeth": [play("of Duncan")], "othello": [play("of Iago")]}
+    assert (len(shakespeare.THOU.findall(text)), len(shakespeare.YOU.findall(text))) == (thou, you)
 
 def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false():
-    sets = shakespeare.to_sets(many_plays())
-    assert sets == shakespeare.to_sets(many_plays())
+    # Two plays of 40 exchanges, each with its own numbers, so that no two speeches are equal.
+    plays = {play: [[speech for i in range(40) for speech in (
+        ("A", f"The question of {play} {i}, sir."),
+        ("B", f"I {('love thee', 'want you now')[i % 2]}, {play} {i}, by heaven."))]]
+        for play in ("macbeth", "othello")}
+    sets = shakespeare.to_sets(plays)
+    assert sets == shakespeare.to_sets(plays)
     said = {name: {message["content"] for row in rows for turns in row.values()
                    for message in turns} for name, rows in sets.items()}
     true = {tuple(message["content"] for message in row["messages"])
@@ -2209,8 +2097,7 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
     # All ids of this one are below the size of the model's vocabulary: nothing else would tell.
     Tokenizer.train([TEXT[:50_000]], 600, SPECIAL).save(folder / "other")
     encode([good], folder / "other/ids.npz", folder / "other")
-    python("bpe.py", "encode", folder / "good.txt", "--tokenizer", folder / "other", "--out",
-           folder / "other/i.npy")
+    encode(folder / "good.txt", folder / "other/i.npy", folder / "other")
     for file in [*(folder / "other").glob("*.np*")]:        # without the tokenizer beside them
         shutil.copy(file, folder)
     for name, target in {"text": text, "run": reference_run[0], "speaker": speaker_dir,
@@ -2312,7 +2199,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
 def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
     """A table: how much of `count` each does in a second, and as a share of the first. Medians of
     rounds in which all have their turn, so that a noisy machine is unkind to all, after one to
-    warm up. Who measures by himself returns (list of seconds, peak MB)."""
+    warm up. A contender that measures itself returns (list of seconds, peak MB)."""
     times, memory = {name: [] for name in contenders}, {}
     for name, contender in [*contenders.items()] * (rounds + 1):
         began = time.perf_counter()
@@ -2338,16 +2225,16 @@ def measured(function, *arguments) -> tuple:
         found = [found() or time.perf_counter() - began]
     return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-def apart(function, *arguments, **settings):
+def apart(function, *arguments):
     """A contender in a process of its own, because what one sets up would help the others."""
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads,
                                [os.cpu_count()])
-    return lambda: pool.submit(measured, partial(function, **settings), *arguments).result()
+    return lambda: pool.submit(measured, function, *arguments).result()
 
 @lru_cache
 def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, n_embd, n_head):
     """Of gpt.py or nanoGPT; made once in each process."""
-    x, y = ids(rows, T, vocab_size=vocab_size), ids(rows, T, vocab_size=vocab_size, seed=1)
+    x, y = ids(2, rows, T, vocab_size=vocab_size)
     if "gpt.py" in name:
         gpt.keep_freed_memory()
         model = GPT(GPTConfig(vocab_size, T, n_layer, n_embd, n_head, **gpt.FAMILIES["gpt2"]))
@@ -2376,14 +2263,15 @@ def bench_training(checkout: Path):
         race(f"training step, {shape} of 256", sizes[0] * 256, "tokens", {
             name: apart(training_step, name, checkout, *sizes) for name in names})
 
-def eight_steps(kind: str, npz: Path, folder: Path, flags: str, **theirs) -> list:
-    """Seconds of all but the first, which sets up: of finetune.py with these flags, or of TRL."""
+def eight_steps(kind: str, npz: Path, folder: Path, how) -> list:
+    """Seconds of all but the first, which sets up: of finetune.py with these flags, or of TRL with
+    these settings."""
     rows, out = finetune.open_rows(npz, kind, 1024)[0], tempfile.mkdtemp(dir=npz.parent)
-    if theirs:
+    if isinstance(how, dict):
         import transformers
         times, order = [], finetune.epoch_order(len(rows), 1, 0)[:32]
         trainer = trl_trainer(kind, rows, order, folder, folder, max_steps=8, output_dir=out,
-                              learning_rate=1e-5, **theirs)
+                              learning_rate=1e-5, **how)
         clock = {"on_step_end": lambda *_, **__: times.append(time.perf_counter())}
         trainer.add_callback(type("Clock", (transformers.TrainerCallback,), clock))
         trainer.train()
@@ -2392,7 +2280,7 @@ def eight_steps(kind: str, npz: Path, folder: Path, flags: str, **theirs) -> lis
         with contextlib.redirect_stdout(io.StringIO()):
             finetune.main([{"chats": "sft", "pairs": "dpo"}[kind], "--model", str(folder), "--data",
                            str(npz), "--val_data", str(npz), "--out", out, *"--batch 4 --max_steps "
-                           f"8 --log_every 1 --eval_every 8 --lr 1e-5 {flags}".split()])
+                           f"8 --log_every 1 --eval_every 8 --lr 1e-5 {how}".split()])
         times = [row["seconds"] for row in read_lines(Path(out, "metrics.jsonl"))]
     return np.diff(times).tolist()
 
@@ -2400,8 +2288,8 @@ def bench_model(folder: Path):
     """One token after the other, and prompts, beside transformers with the same files; then a step
     of SFT and of DPO beside TRL: the same 4 rows, weights in fp32."""
     import transformers
-    prompts, decode = {T: ids(1, T, vocab_size=1000) for T in (16, 64, 512)}, {}
-    read = {T: {} for T in (64, 512)}
+    prompts = {T: ids(1, T, vocab_size=1000) for T in (16, 64, 512)}
+    decode, read = {}, {64: {}, 512: {}}
     for dtype in torch.bfloat16, torch.float32:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         name = f"{version('transformers')}, {dtype}"
@@ -2425,18 +2313,19 @@ def bench_model(folder: Path):
     words, trl = TEXT.split(), version("trl")
     for kind, replies, n in ("chats", 1, 40), ("pairs", 2, 28):
         texts = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
-        npz = Path(tempfile.mkdtemp(), f"{kind}.npz")
-        encode([chat(*texts[i:i + 1 + replies]) for i in range(0, 96, 3)], npz, folder)
-        run = partial(apart, partial(eight_steps, kind, npz, folder))
+        npz = encode([chat(*texts[i:i + 1 + replies]) for i in range(0, 96, 3)],
+                     Path(tempfile.mkdtemp(), f"{kind}.npz"), folder)
         contenders = {
-            f"{trl}, bf16": run("", bf16=True), f"{trl}, fp32": run("", bf16=False),
-            "finetune.py, bf16": run("--dtype bf16"), "finetune.py, fp32": run("--dtype fp32"),
-            "finetune.py, fp32, --lora 8": run("--dtype fp32 --lora 8")}
+            f"{trl}, bf16": dict(bf16=True), f"{trl}, fp32": dict(bf16=False),
+            "finetune.py, bf16": "--dtype bf16", "finetune.py, fp32": "--dtype fp32",
+            "finetune.py, fp32, --lora 8": "--dtype fp32 --lora 8"}
         if kind == "pairs":
-            contenders[f"{trl}, fp32, reference computed before"] = run(
-                "", bf16=False, precompute_ref_log_probs=True)
+            contenders[f"{trl}, fp32, reference computed before"] = dict(
+                bf16=False, precompute_ref_log_probs=True)
         tokens = 4 * replies * finetune.open_rows(npz, kind, 1024)[0].lengths.mean()
-        race(f"{kind}, {folder.name}, 4 rows", tokens, "tokens", contenders, rounds=1)
+        race(f"{kind}, {folder.name}, 4 rows", tokens, "tokens", {
+            name: apart(eight_steps, kind, npz, folder, how) for name, how in contenders.items()},
+            rounds=1)
 
 def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
     """On one core each: run it under `taskset -c 0`. The texts are made of what every Python has:
@@ -2472,23 +2361,19 @@ def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
         folder, split = Path(tempfile.mkdtemp()), bpe.PATTERNS[pattern]
         ours = Tokenizer.train([text], vocab_size, pattern=split)
         ours.save(folder)
-        ranks = {token: rank for rank, token in enumerate(ours.vocab)}
-        lines, json_file = folder / "ranks", str(folder / "tokenizer.json")
-        lines.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n"
-                                 for token, rank in ranks.items()))
-
-        def quicktok(library):
-            library.import_tokenizer(json_file, "ours", str(folder))
-            return library.Tokenizer("ours", str(folder)).encode_ordinary
+        ranks, json_file = write_ranks(ours.vocab, folder / "ranks"), str(folder / "tokenizer.json")
         peers = dict(
             tiktoken=lambda library: library.Encoding(
                 "", pat_str=split, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy,
             tokenizers=lambda library: lambda text, peer=library.Tokenizer.from_file(json_file): (
                 peer.encode(text).ids),
             riptoken=lambda library: library.CoreBPE(ranks, {}, split).encode_ordinary,
-            gigatoken=lambda library: library.Tokenizer.from_tiktoken(lines, pattern).encode)
+            gigatoken=lambda library: library.Tokenizer.from_tiktoken(
+                folder / "ranks", pattern).encode)
         if pattern != "gpt2":       # which quicktok does not know
-            peers["quicktok"] = quicktok
+            peers["quicktok"] = lambda library: (
+                library.import_tokenizer(json_file, "ours", str(folder)),
+                library.Tokenizer("ours", str(folder)).encode_ordinary)[1]
         for name, text in corpora.items():
             encoders = {"bpe.py": Tokenizer.load(folder).encode_array}
             encoders |= {peer: make() for peer, make in installed(**peers).items()}
