@@ -194,10 +194,11 @@ def test_learning_depends_on_the_text_alone(tmp_path):
 def test_every_pattern_splits_as_in_tokenizers(name):
     """Also the characters that this Python lacks or takes for others; tokenizers has Unicode 16."""
     tokenizers = pytest.importorskip("tokenizers")
-    pattern, newer = bpe.PATTERNS[name], list(map(chr, bpe.newer_categories()))
+    pattern, newer = bpe.PATTERNS[name], bpe.newer_categories()
     peer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    assert len(newer) > 9000        # -c and aaAA: letters of all kinds, digits and marks part there
-    for text in [*fuzz(10_000, seed=2), TEXT[:100_000], *(f"-{c}-A{c}a{c}A1{c}" for c in newer)]:
+    odd = [f"-{c}-A{c}a{c}A1{c}" for c in map(chr, range(0x33480))
+           if ord(c) in newer or bpe.category(c) == "Cn"]
+    for text in [*fuzz(10_000, seed=2), TEXT[:100_000], *(" ".join(odd[i::99]) for i in range(99))]:
         assert bpe.split(text, pattern) == [chunk for chunk, _ in peer.pre_tokenize_str(text)], text
 
 def test_pieces_have_the_chunks_of_the_whole():
