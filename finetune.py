@@ -60,7 +60,7 @@ EVAL_ROWS = 512
 # ---------------------------------------------------------------- settings
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):       # argparse itself would print its whole usage before it
+    def error(self, message):       # argparse itself would print its whole usage first
         raise ValueError(f"{message}; see --help")
 
 def make_parser() -> Parser:
@@ -109,7 +109,7 @@ MAY_CHANGE = {"out", "resume", "max_steps", "device", "dtype", "micro_batch", "f
 
 def read_flags(argv) -> tuple:
     """Flags -> (settings, the checkpoint to resume or None). Raises ValueError, one line, for what
-    is wrong whatever the data."""
+    no data could make right."""
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume and not args.out:
@@ -182,7 +182,7 @@ def token_files(args) -> tuple[Path, Path, Path]:
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
-    # bpe.py writes last the files that are looked for here: if one is there, all is complete.
+    # bpe.py writes these files last: if one is there, all is complete.
     if not (folder / "generation_config.json").exists():
         run("bpe.py", "chat", "--tokenizer", model, "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
@@ -558,7 +558,7 @@ def finetune(argv=None) -> int:
         # Each rank has the gradient of its own rows; the sum over ranks is that of the whole batch.
         sum_gradients(model, sharded)
         # Clip, because a single strange batch can have a gradient a hundred times longer than
-        # usual. The scaler's factor goes first: --grad_clip is meant without it.
+        # usual. Undo the scaler's factor first: --grad_clip is meant without it.
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)

@@ -18,8 +18,8 @@ across positions (Attention) and transforming each vector by itself (MLP). A las
 vector into V scores, the logits; their softmax is the probabilities. GPT-2, Llama, Mistral, Qwen 2
 and Qwen 3 are this with a few parts swapped. The default is Qwen 3, with its parts and the names of
 its weights, so what is trained here opens elsewhere unchanged. Left out on purpose: mixtures of
-experts, sliding windows, most ways to scale rotary positions. A config.json that asks for what is
-not implemented is refused by name, if the output would change.
+experts, sliding windows, most ways to scale rotary positions. A config.json with an entry that
+would change the output and is not implemented is refused, with its name.
 
 Reading order: configuration, parts, model; there the transformer is complete, in plain PyTorch.
 Then generation; the same function in less time or memory; files; and what only training needs.
@@ -64,7 +64,7 @@ class GPTConfig:
     norm: str = "rms"               # or "layer"
     norm_eps: float = 1e-6
     positions: str = "rotary"       # or "learned"
-    rope_theta: float = 10000.0     # rotary positions: the slowest turns once in 2 pi times this
+    rope_theta: float = 10000.0     # rotary positions: the slowest pair turns once in ~2 pi this
     rope_scaling: dict | None = None    # how rows longer than those of the training are read
     gated_mlp: bool = True          # SwiGLU or, if False, GELU
     qk_norm: bool = True            # norms on queries and keys
@@ -78,7 +78,7 @@ class GPTConfig:
         complete(self)          # derives what is None, and refuses what does not fit; see files
 
 def insist(condition, message: str):
-    """For what people supply. (For what only a bug can cause there is assert.)"""
+    """Check what people supply."""
     if not condition:
         raise ValueError(message)
 
@@ -86,7 +86,7 @@ def insist(condition, message: str):
 
 class RMSNorm(nn.RMSNorm):
     """Divide each vector by its root mean square, then scale each coordinate (arXiv:1910.07467).
-    Layers add to x, so x grows. Attention and MLP read a copy that always has the same length."""
+    Layers add to x, so x grows. Attention and MLP read a copy of constant size."""
     def forward(self, x):                                           # (..., C) -> (..., C)
         # Stay in the type of x. On GPUs mixed precision (autocast) would return fp32, and each
         # matrix that reads the result would convert it once more.
@@ -100,7 +100,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 def rotary(positions, config: GPTConfig):
     """Angles that encode positions (T,): cosines and sines for rotate(), (T, D) each, in fp32.
-
     Attention itself is blind to order. RoPE (arXiv:2104.09864, section 3.2) cuts the D coordinates
     of a head into D/2 pairs and turns pair i by position * theta^(-2i/D): fast clock hands and slow
     ones. The dot product of a turned query and a turned key then depends on how far apart their
@@ -125,7 +124,7 @@ def attend(q, k, v):
         return scores.softmax(dim=-1) @ v                                       # (B, H, T, D)
     Torch has this as one function, which never stores all scores at once."""
     T, S = q.shape[2], k.shape[2]
-    mask = None             # rarely needed: is_causal serves T = S, and one query sees all
+    mask = None             # rarely needed: is_causal does it for T = S; T = 1 sees all
     if 1 < T < S:           # position t of the last T sees the first S - T + t + 1
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S,
@@ -143,7 +142,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
         if config.qk_norm:
-            # These bound q k^T. Where it is large, the softmax has hardly any gradient. So higher
+            # These bound q k^T, whose large values leave the softmax hardly any gradient. Higher
             # learning rates stay stable (arXiv:2302.05442, section 2).
             self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) for _ in "qk")
 
@@ -249,9 +248,9 @@ class GPT(nn.Module):
         """Normal with standard deviation 0.02, as in GPT-2, except for two kinds of matrices.
 
         Those that write into the residual stream get 1 / sqrt(2 n_layer) of that, because 2 n_layer
-        of them are added up there (GPT-2 paper, section 2.3). A logit is a sum over the width, and
-        the variances of independent terms add up. So the first and the last matrix get 0.02 *
-        sqrt(768 / width); GPT-2's is 768. Then the first loss is as near to ln V at any size."""
+        of them are added up there (GPT-2 paper, section 2.3). A logit sums C terms, so its
+        variance grows with C. So the first and the last matrix get 0.02 * sqrt(768 / C), and 768 is
+        GPT-2's C. Then the first loss is as near to ln V at any size."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -267,10 +266,9 @@ class GPT(nn.Module):
         return sum(weight.numel() for weight in self.parameters())      # tied ones count once
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations of a training step per token, in rows of T tokens. Each weight
-        of a matrix costs one multiply-add forward and two backward: 6 operations. Per head, q k^T
-        and softmax @ v cost 2 D T each, and three times that with backward: 12 H D T a layer
-        (arXiv:2204.02311, appendix B; as there, the masked half is counted)."""
+        """Operations of a training step per token, in rows of T tokens (arXiv:2204.02311, appendix
+        B; as there, the masked half of attention counts). A weight costs 6: a multiply-add forward,
+        two backward. Per head q k^T and softmax @ v cost 2 D T each, three times that in all."""
         c, layers = self.config, self.model.layers
         matrices = sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
         return 6 * (matrices + self.lm_head.weight.numel()) + (
@@ -385,7 +383,7 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx, by_losses):
         logits, targets, losses = ctx.saved_tensors
         ids, no_target = targets.clamp(min=0)[:, None], (targets == -100)[:, None]      # (N, 1)
-        # ln sum exp(logits) is loss + the target's logit. No target: infinite, so that p is 0.
+        # ln sum exp(logits) is loss + the target's logit. No target: inf, which makes p 0.
         log_sum = (losses[:, None] + logits.gather(1, ids)).masked_fill(no_target, math.inf)
         by_losses = by_losses[:, None].masked_fill(no_target, 0)
         for rows, ids, log_sum, by_loss in zip(*(x.split(ctx.rows) for x in (
@@ -461,8 +459,10 @@ def complete(c: GPTConfig):
         value, default = getattr(c, name), getattr(GPTConfig, name)
         insist(value is default or type(value) is int and 0 < value < 2**31, f"{name} is "
                f"{value!r}; it must be a whole number above 0")
+    insist(c.norm in ("rms", "layer") and c.positions in ("rotary", "learned"), f"norm {c.norm!r} "
+           f"must be 'rms' or 'layer', and positions {c.positions!r} 'rotary' or 'learned'")
     C, turned = c.n_embd or 64 * c.n_layer, c.positions == "rotary"
-    # The most heads at least 64 wide, whose width divides C and is even.
+    # The largest H for which D = C / H is whole, even and at least 64.
     H = c.n_head or next((n for n in range(C // 64, 1, -1) if C % (2 * n) == 0), 1)
     insist(c.head_dim or C % H == 0, f"n_embd {C} is not divisible by n_head {H}; the nearest that "
            f"is: {max(1, round(C / (2 * H))) * 2 * H}")
@@ -481,8 +481,8 @@ def complete(c: GPTConfig):
 
 def scale_rope(speed, scaling: dict | None):
     """Slow down rotary positions, (D/2,) radians each, for rows longer than those of the training.
-    All by a factor ("linear", arXiv:2306.15595); or only those too slow to go round once in a row
-    of the training, blended smoothly ("llama3", arXiv:2407.21783, section 3.4.2)."""
+    All by a factor ("linear", arXiv:2306.15595); or only those that turn less than about once
+    in a row of the training ("llama3", arXiv:2407.21783, section 3.4.2)."""
     if scaling is None:
         return speed
     names = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
@@ -490,7 +490,7 @@ def scale_rope(speed, scaling: dict | None):
     found = [scaling.get(name) for name in names.get(scaling.get("rope_type"), [""])]
     insist(all(type(number) in (int, float) for number in found), f"rope_scaling is {scaling!r}; "
            "only the rope_type 'linear' and 'llama3' are implemented, with their numbers")
-    # Length 0: for "linear", no speed counts as fast.
+    # "linear": length 0, so that fast is 0.
     factor, low, high, length = found if len(found) == 4 else (*found, 1, 2, 0)
     turns = speed * length / (2 * math.pi)                  # in the longest row of the training
     fast = ((turns - low) / (high - low)).clamp(0, 1)       # 1: leave it as it is
@@ -643,7 +643,7 @@ def read_safetensors(path) -> dict:
 
 def save_pretrained(model, directory, weights: dict | None = None, tokenizer=None):
     """Write config.json and model.safetensors as transformers does for the model's family. Each
-    file is replaced at once. Raises ValueError; OSError if the disk is full.
+    file is replaced atomically. Raises ValueError; OSError if the disk is full.
 
     weights: a state dict to write instead of the model's own. tokenizer: a directory; its files are
     copied."""
@@ -793,7 +793,7 @@ def move_to_device(model, device: torch.device, dtype: str, sharded: bool):
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for module in *model.model.layers, model:
         # The outermost module, too, frees its full weights after a forward pass. Otherwise the
-        # evaluation before finetune.py's first step would leave copies that the next step drops.
+        # evaluation before finetune.py's first step would leave full weights in memory.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
 
@@ -875,7 +875,7 @@ def full_state(model, optimizers) -> dict:
     return {"model": weights, "optimizer": optimizer}
 
 def save_checkpoint(path, state: dict, **notes):
-    """Replace the checkpoint at once: whenever the process is killed, `path` is whole. Holds
+    """Replace the checkpoint atomically: whenever the process is killed, `path` is whole. Holds
     tensors and plain types only, so that opening it cannot run code. Raises OSError."""
     with write_whole(path) as file:
         torch.save({**state, **notes}, file)
@@ -893,8 +893,8 @@ def restore(saved: dict, model, optimizers):
     full_states.set_state_dict(
         model, optimizers, model_state_dict=saved.pop("model"), options=FULL,
         optim_state_dict=saved.pop("optimizer"))
-    # An optimizer on the CPU adopts the tensors that it is given. Copy them: as long as they are
-    # mapped, the file would take up the disk even after it has been replaced.
+    # An optimizer on the CPU adopts the tensors that it is given. Copy them: while they are mapped,
+    # a replaced file still takes up the disk.
     for optimizer in optimizers:
         for state in optimizer.state.values():
             state.update({name: value.clone() for name, value in state.items()})

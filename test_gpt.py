@@ -546,6 +546,7 @@ def test_parameters_and_operations_match_a_count_by_hand():
     (dict(n_layer=True), ("True",)), (dict(dropout=1.0), ("1.0",)),
     (gpt.FAMILIES["gpt2"], ("2", "14")), (dict(rope_scaling={"rope_type": "yarn"}), ("yarn",)),
     (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("'2'",)),
+    (dict(positions="Rotary"), ("Rotary", "learned")), (dict(norm="x"), ("x", "layer")),
     (dict(norm="layer"), ("no family has these parts",))])
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named, tmp_path):
     with refused(*named):       # the last one when it is saved, the others at once

@@ -21,9 +21,9 @@ state. Four promises decide how this script is written:
 - The loss is a sum over target tokens divided by the number of target tokens in the whole batch. So
   it does not depend on how the batch is cut into micro-batches and divided among ranks.
 - When memory runs out, the step is repeated with smaller micro-batches, and the batch stays.
-- A checkpoint replaces the one before at once. Killed at any moment, a run resumes and computes
+- A checkpoint replaces the one before atomically. Killed at any moment, a run resumes and computes
   the losses that it would have computed: on a CPU in fp32 to the last bit, elsewhere to rounding.
-  (The masks of --dropout depend on the cut: another number of ranks or rows at once draws others.)
+  (With --dropout, another number of ranks or another --micro_batch draws other masks.)
 
 This script reads token ids, not text. Where there are none yet, it runs bpe.py to make them, and
 prints the command, so that you can run it alone. OUT becomes a model directory that transformers
@@ -65,7 +65,7 @@ EVAL_TOKENS = 32768
 # ---------------------------------------------------------------- settings
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):       # argparse itself would print its whole usage before it
+    def error(self, message):       # argparse itself would print its whole usage first
         raise ValueError(f"{message}; see --help")
 
 def make_parser() -> Parser:
@@ -117,7 +117,7 @@ MAY_CHANGE = {"out", "resume", "max_steps", "device", "dtype", "micro_batch", "c
 
 def read_flags(argv) -> tuple:
     """Flags -> (settings, the checkpoint to resume or None). Raises ValueError, one line, for what
-    is wrong whatever the data."""
+    no data could make right."""
     parser = make_parser()
     args, saved = parser.parse_args(argv), None
     if args.resume and not args.out:
@@ -190,7 +190,7 @@ def token_files(args) -> tuple[list[Path], list[Path]]:
     made_for = model.name if model else args.vocab_size
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"))
     parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
-    # bpe.py writes last the files that are looked for here: if one is there, all is complete.
+    # bpe.py writes these files last: if one is there, all is complete.
     if not model and not (folder / "tokenizer.json").exists():
         # GPT-2's split keeps the end of a line apart from what stands before it. Newer ones can
         # merge ":\n"; then a prompt that ends in ":" is unlike all that was trained on.
@@ -231,9 +231,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
     """All rows of a step, for all ranks: tokens (rows, T) and, shifted by one, targets (rows, T).
-    The text is cut into windows of T tokens. An epoch takes each window once, in an order of its
-    own, and starts cutting at an offset of its own, so that the model meets new beginnings."""
-    n = max(1, len(data) // T - 1)          # one window less than there are: room for the cut
+    The text is cut into windows of T tokens. An epoch takes each window once, in its own order,
+    and cuts from its own offset, so that the model meets new beginnings."""
+    n = max(1, len(data) // T - 1)          # one less than fit: room for the offset
     starts = []
     for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows)):
         cut = np.random.RandomState([seed, epoch]).randint(min(T, len(data) - n * T))
@@ -277,7 +277,7 @@ def scale_run(args, model, text: int):
     Steps: 20 tokens for each parameter are the best use of a training budget (arXiv:2203.15556,
     table 3). But each token of the text is seen at most twice: up to four times would pay off
     (arXiv:2305.16264), but the first run should be over soon.
-    Batch and rate: with more computing a larger batch and a lower rate, by the exponents of
+    Batch and rate: more computing, larger batch, lower rate, by the exponents of
     DeepSeek LLM (arXiv:2401.02954, eq. 1). Its constants are for runs of 1e17 operations and more;
     ours give the first run, of 4e13, the values that it learned most with."""
     tokens = min(20 * model.count_parameters(), 2 * text)
@@ -340,7 +340,7 @@ def train(argv=None) -> int:
     made_by = {noted["tokenizer"] for noted in notes + val_notes}
     insist(len(made_by) == 1 and (not args.model or made_by <= {None, found}), "not all token ids "
            "were made by the same tokenizer, which must be that of --model if there is one")
-    if found is None or made_by != {found} and not args.model:
+    if found is None or (made_by != {found} and not args.model):
         print(f"no tokenizer of {train_files[0]} is beside it: the model will know only numbers")
         tokenizer = None
 
@@ -393,7 +393,7 @@ def train(argv=None) -> int:
     forward = torch.compile(model, dynamic=False) if compiling else model
     V = c.vocab_size
     expected = f"to guess among {V} tokens costs ln {V} = {math.log(V):.4f}"
-    # 0 where not all are of bpe.py, which has counted.
+    # 0 unless bpe.py made them all and counted.
     val_bytes = all("bytes" in noted for noted in val_notes) and sum(
         noted["bytes"] for noted in val_notes)
     gzip_bpb = val_notes[0]["gzip_bpb"] if val_bytes else None
@@ -475,7 +475,7 @@ def train(argv=None) -> int:
         # Each rank has the gradient of its own rows; the sum over ranks is that of the whole batch.
         sum_gradients(model, sharded)
         # Clip, because a single strange batch can have a gradient a hundred times longer than
-        # usual. The scaler's factor goes first: --grad_clip is meant without it.
+        # usual. Undo the scaler's factor first: --grad_clip is meant without it.
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
