@@ -154,7 +154,7 @@ def run(script: str, *arguments):
     print("$ python " + shlex.join(command), flush=True)
     code = subprocess.run([sys.executable, *command]).returncode
     if code:
-        sys.exit(code)
+        leave(code)
 
 def token_files(args) -> tuple[Path, Path, Path]:
     """The token ids of --data and --val_data: files, made by bpe.py where they do not exist yet.
