@@ -494,10 +494,11 @@ def read_tokenizer_json(content):
         pattern = PATTERNS["gpt2"]
     elif kinds == ["Digits", True] and steps[0]["individual_digits"]:
         pattern = PATTERNS["smollm2"]
-    elif kinds == ["Split", False] and (steps[0]["behavior"], steps[0].get("invert")) in (
+    elif kinds == ["Split", False] and "Regex" in steps[0]["pattern"] and (
+            steps[0]["behavior"], steps[0].get("invert")) in (
             ("Isolated", False), ("Isolated", None), ("Removed", True)):
         # Removed, inverted: drops what lies between matches, which is nothing with our patterns.
-        pattern = steps[0]["pattern"].get("Regex", "(none)")
+        pattern = steps[0]["pattern"]["Regex"]
     else:
         raise ValueError(f"pre_tokenizer: {json.dumps(pre)[:200]} is not supported here")
 

@@ -526,7 +526,7 @@ def finetune(argv=None) -> int:
         # Forward and backward, micro_batch rows at a time; backward() adds to .grad. Each part is a
         # SUM over its target tokens, divided by the number in the WHOLE batch. So the gradients add
         # up to that of the mean over the batch, however it is cut. If each part were its own mean,
-        # a token would count for more where it has fewer targets beside it.
+        # a token would count for more in a part with fewer targets.
         while True:
             loss = sums = 0.0
             torch.manual_seed(int(dropout_seed[0]))

@@ -72,7 +72,8 @@ class Speaker:
         insist(self.context <= config.block_size, f"--context {context}: {directory} was trained "
                f"on {config.block_size} tokens at once")
         # In training, a divider came before each document. [] if the tokenizer has none.
-        self.begin = [special[name] for name in DIVIDERS if name in special][:1]
+        divider = self.tokenizer.divider
+        self.begin = [special[divider]] if divider else []
         self.ends = find_ends(directory, special)
 
     def bytes_of(self, i: int) -> bytes:
