@@ -181,13 +181,13 @@ def token_files(args) -> tuple[Path, Path, Path]:
     facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"))
-    parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
+    parts = ((0, 1), (0, 1)) if val else ((0, 0.9), (0.9, 1))
     # bpe.py writes these files last: if one is there, all is complete.
     if not (folder / "generation_config.json").exists():
         run("bpe.py", "chat", "--tokenizer", model, "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
         if not (folder / f"{name}.npz.json").exists():
-            run("bpe.py", "encode", *texts, "--part", part, "--tokenizer", folder,
+            run("bpe.py", "encode", *texts, "--part", *part, "--tokenizer", folder,
                 "--out", folder / f"{name}.npz")
     return folder / "train.npz", folder / "val.npz", folder
 

@@ -189,16 +189,16 @@ def token_files(args) -> tuple[list[Path], list[Path]]:
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     made_for = model.name if model else args.vocab_size
     folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"))
-    parts = ("0:1", "0:1") if val else ("0:0.9", "0.9:1")
+    parts = ((0, 1), (0, 1)) if val else ((0, 0.9), (0.9, 1))
     # bpe.py writes these files last: if one is there, all is complete.
     if not model and not (folder / "tokenizer.json").exists():
         # GPT-2's split keeps the end of a line apart from what stands before it. Newer ones can
         # merge ":\n"; then a prompt that ends in ":" is unlike all that was trained on.
-        run("bpe.py", "train", *data, "--part", parts[0], "--vocab_size", args.vocab_size,
+        run("bpe.py", "train", *data, "--part", *parts[0], "--vocab_size", args.vocab_size,
             "--pattern", "gpt2", "--out", folder)
     for name, texts, part in ("train", data, parts[0]), ("val", val or data, parts[1]):
         if not (folder / f"{name}.npy.json").exists():
-            run("bpe.py", "encode", *texts, "--part", part, "--tokenizer", model or folder,
+            run("bpe.py", "encode", *texts, "--part", *part, "--tokenizer", model or folder,
                 "--out", folder / f"{name}.npy")
     return [folder / "train.npy"], [folder / "val.npy"]
 
