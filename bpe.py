@@ -172,8 +172,7 @@ def split(text: str, pattern: str) -> list[str]:
     text = units.decode("utf-16-le", "replace")              # half a pair is no character: U+FFFD
     if len(units) == 2 * len(text):
         return find_chunks(text)
-    _, stand_ins = unicode_classes()
-    low = re.sub("[^\0-\uffff]", lambda found: stand_ins[category(found[0])], text)
+    low = re.sub("[^\0-\uffff]", lambda found: unicode_classes()[1][category(found[0])], text)
     ends = itertools.accumulate(map(len, find_chunks(low)), initial=0)
     return [text[begin:end] for begin, end in itertools.pairwise(ends)]
 
@@ -181,11 +180,9 @@ def split(text: str, pattern: str) -> list[str]:
 # follows: between a letter or digit and white space, or after a line end between a visible
 # character and a letter or digit.
 CUT = re.compile(r"[^\W_](?=\s)|\S\n(?=[^\W_])")
-LINE = re.compile("\n")
 
 def pieces(blocks, size=1 << 16, cut_at=CUT):
-    """Blocks of a text, cut anywhere -> pieces that split() may take one by one, of size characters
-    or a few more."""
+    """Blocks of a text, cut anywhere -> pieces, of about size, that split() may take one by one."""
     text, at = "", size
     for block in blocks:
         text, begin = text + block, 0
@@ -542,20 +539,18 @@ def conversations(row):
     {"messages"}: learn all that the assistant says. {"prompt", "completion"} or {"prompt",
     "chosen", "rejected"}, each a string or a list of messages: learn what comes after the prompt.
     """
-    if not isinstance(row, dict):
-        raise ValueError("not an object {...}")
-    names, *others = [names for names in (("prompt", "chosen", "rejected"), ("text",),
-                                          ("messages",), ("prompt", "completion"))
-                      if row.keys() >= {*names}] or [("none",)]
-    if "chosen" in names and others == [("messages",)]:
-        others = []                         # many sets of pairs hold the chosen chat as both
-    if others or names == ("none",) or not isinstance(row[names[0]], (str, list)):
-        raise ValueError('expected "text", or "messages", or "prompt" and "completion", or '
-                         f'"prompt", "chosen" and "rejected", but there is {list(row)}')
-    if names == ("text",):
+    if isinstance(row, dict) and "chosen" in row:           # many sets of pairs hold the chosen
+        row = {key: row[key] for key in row if key != "messages"}        # chat as "messages", too
+    kinds = [names for names in (("text",), ("messages",), ("prompt", "completion"),
+                                 ("prompt", "chosen", "rejected"))
+             if isinstance(row, dict) and row.keys() >= {*names}]
+    if len(kinds) != 1 or kinds == [("text",)] and not isinstance(row["text"], str):
+        raise ValueError('expected {"text": string}, or "messages", or "prompt" and "completion", '
+                         f'or "prompt", "chosen" and "rejected", but there is {row!r:.200}')
+    if kinds == [("text",)]:
         return row["text"]
     prompt, *answers = (messages(row[name], "assistant" if i else "user")
-                        for i, name in enumerate(names))
+                        for i, name in enumerate(kinds[0]))
     if not answers:
         return [(prompt, 0)]
     return [(answer if answer[:len(prompt)] == prompt else prompt + answer, len(prompt))
@@ -597,7 +592,7 @@ def slices(files):
             blocks = iter(lambda: stream.read(min(SLICE, end - stream.tell())), b"")
             try:
                 for text in pieces(codecs.iterdecode(blocks, "utf-8"), SLICE,
-                                   LINE if path.endswith(".jsonl") else CUT):
+                                   re.compile("\n") if path.endswith(".jsonl") else CUT):
                     yield path, at, at == begin, text
                     at += len(text.encode())
             except UnicodeDecodeError as error:
@@ -667,10 +662,9 @@ def parallel(function, value, files, verb):
     line on stderr if it takes a while; only a few slices are in memory."""
     total = sum(end - begin for _, begin, end in files)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, 1 + total // SLICE)
     work, began, done, live = slices(files), time.monotonic(), 0, False
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)    # processes that are forked inherit this
-    pool = ProcessPoolExecutor(cores, initializer=share, initargs=(function, value))
+    pool = ProcessPoolExecutor(min(cores, 1 + total // SLICE), None, share, (function, value))
     try:
         pool.submit(len, ())                                # the first work starts the processes
         signal.signal(signal.SIGINT, usual)
@@ -821,8 +815,7 @@ def main(argv=None) -> int:
         print("\nbpe.py: interrupted; no file is half written", file=sys.stderr)
         return 130
     except (ValueError, OSError, RecursionError) as error:
-        where = getattr(error, "filename", None)
-        print(f"bpe.py: {f'{where}: {error.strerror}' if where else error}", file=sys.stderr)
+        print(f"bpe.py: {error}", file=sys.stderr)
         return 2
 
 # ---------------------------------------------------------------- the same functions, faster
