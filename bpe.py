@@ -27,7 +27,7 @@ tokenizers, chats, and texts of any size on all cores; then the command line. Th
 faster forms of two functions. They return the same; skip it if you like. Left out on purpose:
 other kinds of tokenizers. If a file asks for what is not implemented, an error names it.
 Sources: Sennrich et al. 2016 (arXiv:1508.07909; BPE on words); Radford et al. 2019 (GPT-2: bytes,
-splitting); tiktoken (patterns, rank files); tokenizers (tokenizer.json, the order of ties).
+splitting); tiktoken (patterns); tokenizers (tokenizer.json, the order of ties).
 """
 import argparse
 import codecs
@@ -318,8 +318,9 @@ class Tokenizer:
             # tokenizers has Unicode 9 here: it does not reorder marks newer than 2016
             # (U+0301 U+0899), nor compose U+11935 U+11930. Such texts get other ids there.
             text = unicodedata.normalize("NFC", text)
-        chunks = (chunk for piece in pieces([text]) for chunk in split(piece, self.pattern))
-        joined = [self.cache.get(chunk) or self.encode_chunk(chunk) for chunk in chunks]
+        get = self.cache.get
+        joined = [b"".join([get(chunk) or self.encode_chunk(chunk)
+                            for chunk in split(piece, self.pattern)]) for piece in pieces([text])]
         return np.frombuffer(b"".join(joined), self.dtype)
 
     def encode_chunk(self, chunk: str) -> bytes:
@@ -856,9 +857,9 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     1. Keep the counts up to date, and for each pair a list of the words that have it. A merge
        changes only the pairs beside it: where x a b y becomes x [ab] y, the pairs (x, a) and (b, y)
        go, and (x, [ab]) and ([ab], y) come.
-    2. A heap finds the most frequent pair. The count of a pair is complete when the younger of its
-       tokens has been made, and can only fall from then on. So an entry of the heap is right or too
-       high; if it is too high when it comes up, it goes back with the right count.
+    2. A heap finds the most frequent pair. A count is complete once the younger token of its pair
+       has been made, and only falls from then on. So an entry of the heap is right or too high. If
+       it is too high when it comes up, it goes back with the right count.
     """
     words = [chunk.encode().decode("latin-1") for chunk in counts]       # as in learn()
     weights = [*counts.values()]
@@ -867,10 +868,9 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
         for a, b in itertools.pairwise(word):
             count[a + b] += weights[number]
             words_with[a + b].append(number)
-    heap = [(-n, pair) for pair, n in count.items()]        # the smallest pair of the highest count
-    heapq.heapify(heap)
+    heap = sorted((-n, pair) for pair, n in count.items())  # a sorted list is a heap
     merges = []
-    while heap and heap[0][0] < 0 and len(merges) < n_merges:
+    while heap and heap[0][0] < 0 and len(merges) < n_merges:       # 0: no pair is left
         n, pair = heapq.heappop(heap)
         if n != -count[pair]:
             heapq.heappush(heap, (-count[pair], pair))
