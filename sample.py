@@ -17,13 +17,10 @@ What a person types or a file holds is only text. "<|endoftext|>" in it is encod
 ordinary characters, and never becomes the special token of that name. Special tokens come only from
 this script, before a document, and from the chat template, around turns.
 
-A model sees at most --context tokens at once. If there are more:
-
-    --prompt    Only the end of the prompt is read. If the context fills up while the model writes,
-                generate() in gpt.py forgets its older half, and goes on.
-    --chat      The older half of the conversation is forgotten. The system message stays.
-    --eval      A .txt is cut into windows. A line of a .jsonl loses its beginning.
-    --explain   Only the end of the text is shown.
+A model sees at most --context tokens at once. Of a longer text, --prompt and --explain read only
+the end. --eval cuts a .txt into windows, and reads only the end of a line of a .jsonl. A chat
+forgets its older half, but never the system message. If the context fills up while the model
+continues a prompt, generate() in gpt.py forgets the older half, and goes on.
 
 What --eval measures depends on what FILE holds. Figures come with their 95% intervals in brackets.
 
@@ -60,7 +57,7 @@ from gpt import DTYPES, GPT, KVCache, insist, pick_device, quantize, read_json
 # ---------------------------------------------------------------- a model with its tokenizer
 
 class Speaker:
-    """A model with its tokenizer, and how to draw its tokens (sampling: arguments of generate()).
+    """A model, its tokenizer, and how to draw tokens (sampling: arguments of generate()).
     Raises ValueError or OSError, one line, if the directory can't be used."""
     def __init__(self, directory: Path, device, dtype=None, context=None, seed=None, **sampling):
         self.device, self.sampling = device, sampling
@@ -68,14 +65,14 @@ class Speaker:
         if dtype == "int8":
             quantize(self.model)
         self.tokenizer = Tokenizer.load(directory)
-        # The bytes of each id. A model can have more ids than its tokenizer, because round sizes
-        # are fast. Now and then it draws one of those that nothing trained: they have no bytes.
         config, vocab = self.model.config, self.tokenizer.vocab
         insist(len(vocab) <= config.vocab_size, f"{directory}: the tokenizer has {len(vocab)} "
                f"tokens, the model only {config.vocab_size}")
+        # The bytes of each id. A model can have more ids than its tokenizer, because round sizes
+        # are fast. Now and then it draws one of the additional ids, which have no bytes.
         self.bytes_of = [token or b"" for token in vocab] + [b""] * (config.vocab_size - len(vocab))
         # The number of tokens that the model sees at once. The memory of the KV cache grows with
-        # it, and some models are trained on 131,072: therefore not more than 8192 by default.
+        # it, and some models are trained on 131,072. Therefore it is at most 8192 by default.
         self.context = context or min(8192, config.block_size)
         insist(self.context <= config.block_size, f"--context {context}: {directory} was trained "
                f"on {config.block_size} tokens at once")
@@ -83,18 +80,18 @@ class Speaker:
         special, divider = self.tokenizer.special_tokens, self.tokenizer.divider
         self.begin = [special[divider]] if divider else []
         self.ends = find_ends(directory, special)
-        # Each text that is drawn takes the next seed: with one seed for all, they would share
-        # their luck, and several continuations of a prompt would be the same one.
+        # Each text that is drawn takes the next seed. With one seed for all, several continuations
+        # of a prompt would be the same text.
         self.seeds = itertools.repeat(None) if seed is None else itertools.count(seed)
 
 def find_ends(directory: Path, special: dict[str, int]) -> set[int]:
-    """The ids that end a text. The model's own files say which, as in transformers: one id or a
-    list of ids. special: the ids of special tokens."""
+    """A text ends when the model draws one of these ids. The model's files say which they are, as
+    in transformers: one id, or a list. special: name -> id of the tokenizer's special tokens."""
     for path in directory / "generation_config.json", directory / "config.json":
         ends = read_json(path).get("eos_token_id") if path.exists() else None
         if ends is not None:
             return set(ends) if isinstance(ends, list) else {ends}
-    # None of them says it. The best guess is what separates documents or turns.
+    # Neither says it. The best guess is what separates documents or turns.
     return {special[name] for name in (*DIVIDERS, *CHAT_TOKENS) if name in special}
 
 # ---------------------------------------------------------------- text in, text out
@@ -104,21 +101,21 @@ def remark(text: str):
 
 def speak(speaker: Speaker, prompt: list[int], cache=None, show=False,
           **changes) -> tuple[list[int], str, str]:
-    """Let the model continue a prompt -> the new ids, their text, and why it stopped.
+    """Let the model continue a prompt -> the new ids, their text, and why it stopped:
 
-    "ended": the model drew one of speaker.ends, which is not part of the ids or the text.
-    "cut": it wrote max_new_tokens tokens.
-    "stopped": by Ctrl-C, if the text is shown. If it is not, KeyboardInterrupt is raised as usual.
+    "ended"     the model drew one of speaker.ends, which is not part of the ids and the text
+    "cut"       it wrote max_new_tokens tokens
+    "stopped"   Ctrl-C, if the text is shown; if it is not, KeyboardInterrupt is raised as usual
 
     cache: the KVCache of an earlier call; positions that it holds are not computed again. show:
-    print text as it is drawn, then the speed. changes: of the speaker's sampling."""
+    print the text as it is drawn, then the speed. changes: of the speaker's sampling."""
     sampling = speaker.sampling | changes
     size = min(speaker.context, len(prompt) + sampling["max_new_tokens"])
     cache = cache or KVCache(speaker.model, 1, size)
-    # A character can be several tokens. The decoder keeps half a character to itself until the rest
-    # comes, or until the end turns it into U+FFFD.
+    # A character can be several tokens. The decoder holds its bytes back until all are there. If
+    # the text ends before that, it gives U+FFFD.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids, text, why, start = [], "", "cut", time.perf_counter()
+    ids, why, start = [], "cut", time.perf_counter()
     try:
         for step in speaker.model.generate([prompt], seed=next(speaker.seeds), cache=cache,
                                            **sampling):
@@ -126,20 +123,17 @@ def speak(speaker: Speaker, prompt: list[int], cache=None, show=False,
                 why = "ended"
                 break
             ids.append(step.item())
-            piece = decoder.decode(speaker.bytes_of[ids[-1]])
-            text += piece
             if show:
-                print(piece, end="", flush=True)
+                print(decoder.decode(speaker.bytes_of[ids[-1]]), end="", flush=True)
     except KeyboardInterrupt:
         if not show:
             raise
         why = "stopped"
-    rest = decoder.decode(b"", final=True)
     if show:
-        print(rest)
+        print(decoder.decode(b"", final=True))
         rate = len(ids) / (time.perf_counter() - start)
         remark(f"({why} after {len(ids)} tokens, {rate:.0f} tokens/s)")
-    return ids, text + rest, why
+    return ids, b"".join(speaker.bytes_of[i] for i in ids).decode("utf-8", "replace"), why
 
 def continue_text(speaker: Speaker, text: str, count: int):
     """Print `count` continuations of a text, as they are made."""
@@ -153,9 +147,6 @@ def continue_text(speaker: Speaker, text: str, count: int):
             raise KeyboardInterrupt
 
 # ---------------------------------------------------------------- chat
-
-HELP = r"""A line is a turn; one that ends in \ continues in the next. Ctrl-C stops an answer.
-/reset forgets all. Ctrl-D (on Windows: Ctrl-Z, Enter) leaves."""
 
 def read_turns():
     """Yield what the person types, turn by turn, until the end of the input."""
@@ -174,15 +165,15 @@ def read_turns():
 def chat(speaker: Speaker, system: str):
     """A conversation, until the input ends.
 
-    A turn does not read the history again. One KV cache stays from turn to turn and holds the keys
-    and values of all tokens so far. generate() compares the prompt with the tokens in the cache,
-    and computes only the positions after the last equal one: the new turn. For that, the history
-    must stay the same ids. So an answer is kept as the ids that were drawn: its text, encoded
-    again, could give others.
+    A turn does not read the history again. One KV cache stays from turn to turn. It holds the keys
+    and values of all tokens so far, which is all that attention needs of them. The cache compares
+    the prompt with the tokens that it holds, and computes only the positions after the first
+    difference: the new turn. For that, the history must stay the same ids. So an answer is kept as
+    the ids that were drawn. Its text, encoded again, could give others.
 
     When the context is full, the older half of the exchanges is forgotten, and the rest is read
-    again, because its positions have changed. Forgetting only the oldest would do that at each
-    turn from then on.
+    again, because its positions have changed. If only the oldest exchange were forgotten, this
+    would happen at each turn from then on. A turn that is too long by itself is not read.
     """
     encode, special = partial(encode_chat, speaker.tokenizer), speaker.tokenizer.special_tokens
     insist(special.get(CHAT_TOKENS[1]) in speaker.ends, "this model has not learned to end a turn "
@@ -191,12 +182,13 @@ def chat(speaker: Speaker, system: str):
     # What the template puts after an answer: an empty answer, without what opens it.
     opening, _ = encode([], reply=True)
     closing = encode([{"role": "assistant", "content": ""}])[0][len(opening):]
-    # An answer gets at most half of the context: the rest is for the history and the new turn.
+    # An answer gets at most half of the context. The rest is for the history and the new turn.
     room = min(speaker.sampling["max_new_tokens"], speaker.context // 2)
-    limit = speaker.context - room - len(head)
+    limit = max(0, speaker.context - room - len(head))
     cache = KVCache(speaker.model, 1, speaker.context)
-    exchanges = []              # ids of what the person said, and of the answer to it
-    remark(HELP)
+    exchanges = []              # of each: the ids of what the person said, and of the answer
+    remark("A line is a turn; one that ends in \\ continues in the next. Ctrl-C stops an answer.\n"
+           "/reset forgets all. Ctrl-D (on Windows: Ctrl-Z, Enter) leaves.")
     for text in read_turns():
         if text.strip() == "/reset":
             exchanges = []
@@ -226,8 +218,9 @@ def progress(items):
 @torch.inference_mode()
 def nll(speaker: Speaker, ids: list[int], mask: list[int]) -> tuple[float, int]:
     """Negative log-likelihood, in nats, of the tokens that mask marks (never the first), given all
-    before them; and how many they are. Tokens that are not marked are only read: a question costs
-    nothing, an answer does. A row that is longer than the context loses its beginning."""
+    before them; and how many they are. A question is given, and only its answer is predicted. So
+    the mask marks the answer, and the tokens of the question cost nothing. A row that is longer
+    than the context loses its beginning."""
     ids, mask = (torch.tensor(part[-speaker.context - 1:], device=speaker.device)
                  for part in (ids, mask))                                       # (T + 1,)
     targets = ids[1:].where(mask[1:] != 0, -100)                                # (T,)
@@ -266,9 +259,9 @@ def measure_text(speaker: Speaker, path: Path) -> dict:
 
 def encode_pair(speaker: Speaker, context: str, text: str) -> tuple[list[int], list[int]]:
     """-> ids of context and text, and a mask that marks those of the text. As in the harness, white
-    space between the two belongs to the text, because tokens begin with it; and both are encoded
-    together, then cut at the length of the context's ids. If a token spans the cut, this is
-    approximate; if nothing is left of the text, the last token counts as the text."""
+    space between the two belongs to the text, because tokens begin with it. Both are encoded
+    together, and cut where the ids of the context alone would end. If a token spans the cut, this
+    is approximate. If nothing is left of the text, the last token counts as the text."""
     ids = speaker.tokenizer.encode(context + text)
     cut = min(len(speaker.tokenizer.encode(context.rstrip())), len(ids) - 1)
     if cut <= 0:
@@ -280,10 +273,10 @@ def encode_pair(speaker: Speaker, context: str, text: str) -> tuple[list[int], l
 # figure of the file is the sum of the values divided by the sum of the weights.
 
 def measure_choices(speaker: Speaker, context: str, choices: list[str], right: int) -> dict:
-    """The model does not write an answer. The nll of each choice, given the context, says how
-    likely the model would have written it. acc: is the right choice the likeliest? That favours
-    short ones, since each token makes a text less likely. So acc_norm divides the nll of each
-    choice by its length in characters (as in the harness; not in bytes or tokens)."""
+    """The model writes nothing. It reads each choice after the context, and the choice's nll says
+    how unlikely it is. acc: is the right choice the likeliest? That favours short ones, since each
+    token makes a text less likely. So acc_norm divides each nll by the length of the choice in
+    characters (as in the harness; not in bytes or tokens)."""
     insist(isinstance(choices, list) and all(isinstance(text, str) for text in [context, *choices])
            and all(choices) and type(right) is int and 0 <= right < len(choices),
            '"choices" must be a list of strings, and "answer" the number of one, from 0')
@@ -329,8 +322,8 @@ KINDS = {("prompt", "chosen", "rejected"): measure_preference,
          ("messages",): measure_chat}
 
 def evaluate(speaker: Speaker, path: Path, patterns, count: int) -> dict:
-    """-> {figure: a number, or [value, low, high]}. With patterns, or [], the model replies to
-    at most `count` chats. Raises ValueError that names the file and the line."""
+    """-> {figure: a number, or [value, low, high]}. patterns: None, or those of --count; then the
+    model replies to at most `count` chats. Raises ValueError that names the file and the line."""
     where, rows, kinds = path, [], KINDS
     try:
         if path.suffix == ".txt":
@@ -338,8 +331,9 @@ def evaluate(speaker: Speaker, path: Path, patterns, count: int) -> dict:
         lines = [row for row in enumerate(path.read_bytes().split(b"\n"), 1) if row[1].strip()]
         insist(lines, "it is empty")
         if patterns is not None:
-            # Replies take long: as many as asked for, spread evenly over the file.
-            kinds, count = {("messages",): partial(measure_reply, patterns)}, min(count, len(lines))
+            kinds = {("messages",): partial(measure_reply, patterns)}
+            # Replies take long: only as many as asked for, spread evenly over the file.
+            count = min(count, len(lines))
             lines = [lines[i * len(lines) // count] for i in range(count)]
         for number, line in progress(lines):
             where = f"{path}, line {number}"
@@ -397,8 +391,7 @@ def explain(speaker: Speaker, text: str) -> list[tuple]:
     return positions
 
 def print_positions(positions: list[tuple]):
-    """A table of them. Of the guesses it shows the first layer's, and each that differs from the
-    layer before."""
+    """A table of them. A layer's guess is shown where it differs from that of the layer before."""
     quote = partial(json.dumps, ensure_ascii=False)
     print(" nats  token             likeliest" + " " * 41 + "guess from layer")
     for token, nats, likeliest, guesses in positions:
@@ -413,8 +406,9 @@ def print_positions(positions: list[tuple]):
 
 def draw_curves(folders: list[Path], by: str) -> Path:
     """Training loss (thin) and held-out loss (thick) of some runs, as an SVG for any browser. ->
-    its path: curves.svg in the first folder. Losses are those of the log, per token. With another
-    tokenizer a token is another piece of text: compare such runs by --eval, in bits per byte."""
+    its path: curves.svg in the first folder. The losses are those of the log, in nats per token (of
+    DPO: per pair). Another tokenizer makes other tokens: compare such runs in the bits per byte of
+    --eval."""
     curves = []                 # title, colour, width of the line, points (x, loss)
     for i, folder in enumerate(folders):
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -428,7 +422,7 @@ def draw_curves(folders: list[Path], by: str) -> Path:
     right, low, high = max(xs), min(ys), max(ys)
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-size="12" '
              'font-family="sans-serif" text-anchor="end" style="background:white">'
-             f'<text x="54" y="14">loss</text><text x="340" y="356">{by}</text>']
+             f'<text x="54" y="11">loss</text><text x="340" y="356">{by}</text>']
     for i in range(5):          # five grid lines, and the numbers on both axes
         x, y = 60 + 130 * i, 320 - 75 * i           # y grows downwards
         parts += [f'<path d="M60 {y}H580" stroke="lightgray"/>'
@@ -460,9 +454,9 @@ def run(argv=None):
         help="--eval of chats: let the model reply, and count its words, and those that match")
     add("--num_samples", type=int, metavar="N", help="continuations, or replies [1; --count: 200]")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="of each [%(default)s]")
-    # The model gives a probability to every token. Always to take the likeliest makes text that
-    # repeats itself. Drawing among all takes an unlikely token now and then, and the text follows
-    # it astray. The next four flags choose between the two.
+    # The model gives each token a probability. Text made of the likeliest tokens alone repeats
+    # itself. If tokens are drawn among all, an unlikely one is drawn now and then, and the text
+    # goes astray from there (arXiv:1904.09751). The next four flags choose between the two.
     add("--temperature", type=float, default=0.8, metavar="X",
         help="0: always the likeliest token; above 1.5: nonsense [%(default)s]")
     add("--top_k", type=int, metavar="K", help="draw among the K likeliest; lower is safer [all]")
@@ -479,7 +473,8 @@ def run(argv=None):
     for name in "num_samples", "max_new_tokens", "context":
         insist(getattr(args, name) is None or getattr(args, name) > 0, f"--{name} must be above 0")
     try:
-        list(map(re.compile, args.count or []))
+        for pattern in args.count or []:
+            re.compile(pattern)
     except re.error as error:
         raise ValueError(f"--count: {error}") from None
     newest = sorted(Path("out").glob("*/model.safetensors"), key=os.path.getmtime)[-1:]
@@ -488,16 +483,14 @@ def run(argv=None):
     insist(len(models) == 1 or args.eval or args.curves, "only --eval and --curves compare models")
     # Not every terminal and pipe can write every character; that is no reason to stop.
     sys.stdout.reconfigure(errors="replace")
+    seed = 0 if args.eval and args.seed is None else args.seed      # --eval: the same each time
+    speaker_of = partial(
+        Speaker, device=pick_device(args.device), dtype=args.dtype, context=args.context, seed=seed,
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, min_p=args.min_p)
     if args.curves:
         print(draw_curves(models, args.by))
-        return
-    sampling = {name: getattr(args, name)
-                for name in ("temperature", "max_new_tokens", "top_k", "top_p", "min_p")}
-    # An evaluation gives the same figures each time.
-    seed = 0 if args.eval and args.seed is None else args.seed
-    speaker_of = partial(Speaker, device=pick_device(args.device), dtype=args.dtype,
-                         context=args.context, seed=seed, **sampling)
-    if args.eval:               # one model after the other, so that one at a time is in memory
+    elif args.eval:             # one model after the other, so that one at a time is in memory
         print_table({str(directory): evaluate(speaker_of(directory), args.eval, args.count,
                                               args.num_samples or 200) for directory in models})
     elif args.chat:
