@@ -5,36 +5,39 @@
 """Talk to a model, measure it, look inside it.
 
     python sample.py --prompt "ROMEO:"                      # the newest run in out/ continues
-    python sample.py out/mine --prompt @letter.txt --num_samples 3 --seed 7 > three.txt
+    python sample.py out/mine --prompt "Dear Sir," --num_samples 3 --seed 7 > three.txt
     python sample.py out/sft --chat --system "You are a king."           # in the terminal
     python sample.py out/a out/b --eval val.txt             # how good? side by side
     python sample.py out/mine --explain "To be, or not to be"            # what surprised it?
     python sample.py --curves out/a out/b                   # how they learned, as a picture
 
 DIR is any directory that GPT.from_pretrained in gpt.py opens, with a tokenizer.json in it. Results
-go to standard output, so that they can be piped; remarks and speed go to standard error.
+go to standard output, so that they can be piped. Remarks and speeds go to standard error.
 What a person types or a file holds is only text. "<|endoftext|>" in it is encoded as thirteen
 ordinary characters, and never becomes the special token of that name. Special tokens come only from
 this script, before a document, and from the chat template, around turns.
 
+A model sees at most --context tokens at once. Of a longer text, --prompt and --explain read only
+the end. --eval cuts a .txt into windows, and reads only the end of a line of a .jsonl. A chat
+forgets its older half, but never the system message. If the context fills up while the model
+continues a prompt, generate() in gpt.py forgets the older half, and goes on.
+
 What --eval measures depends on what FILE holds. Figures come with their 95% intervals in brackets.
 
-    .txt, or .npy of bpe.py encode              nats per token, perplexity, bits per byte
+    .txt                                        nats per token, perplexity, bits per byte
     .jsonl of "context", "choices", "answer"    acc, acc_norm: share of questions answered rightly
     .jsonl of "prompt", "chosen", "rejected"    acc: share of pairs in which chosen is likelier
-    .jsonl of "prompt", "answer"                exact: share of prompts that the model answers so
-    .jsonl of "messages"                        nats per token of what the assistant says; or, with
-                                                --count REGEX, words of the model's own replies
+    .jsonl of "messages"                        nats per token of what the assistant says; with
+                                                --count, the model's own replies are measured
 
-A prompt that is a list of messages goes through the chat template; a string is only text. The first
-two kinds give the figures of EleutherAI's lm-evaluation-harness.
+The first two give the figures of EleutherAI's lm-evaluation-harness.
 Left out on purpose: a server (README.md names some that serve the same directory), examples before
-a question (write them into "context"), and any judge of answers but equality.
+a question (write them into "context"), and any judge of replies but equality and word counts.
 Reading order: a model with its tokenizer, text in and out, chat, evaluation, looking inside,
 curves, the command line.
 """
 import codecs
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -42,56 +45,53 @@ import re
 import sys
 import time
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bpe import CHAT_TOKENS, DIVIDERS, Parser, Tokenizer, conversations, encode_chat
-from gpt import DTYPES, GPT, KVCache, insist, pick_device, quantize, read_json, write_whole
+from gpt import DTYPES, GPT, KVCache, insist, pick_device, quantize, read_json
 
 # ---------------------------------------------------------------- a model with its tokenizer
 
 class Speaker:
-    """A model with its tokenizer, and how to draw its tokens (sampling: arguments of generate()).
+    """A model, its tokenizer, and how to draw tokens (sampling: arguments of generate()).
     Raises ValueError or OSError, one line, if the directory can't be used."""
     def __init__(self, directory: Path, device, dtype=None, context=None, seed=None, **sampling):
-        self.seed, self.sampling = seed, sampling
+        self.device, self.sampling = device, sampling
         self.model = GPT.from_pretrained(directory, device, DTYPES.get(dtype))
-        if self.model.lm_head.weight.dtype == torch.float16 and device.type == "cpu":
-            self.model.float()          # fp16 is a type for GPUs: few CPUs can multiply in it
         if dtype == "int8":
             quantize(self.model)
-        self.directory, self.device, self.tokenizer = directory, device, Tokenizer.load(directory)
-        config, special = self.model.config, self.tokenizer.special_tokens
-        insist(len(self.tokenizer.vocab) <= config.vocab_size, f"{directory}: the tokenizer has "
-               f"{len(self.tokenizer.vocab)} tokens, the model only {config.vocab_size}")
+        self.tokenizer = Tokenizer.load(directory)
+        config, vocab = self.model.config, self.tokenizer.vocab
+        insist(len(vocab) <= config.vocab_size, f"{directory}: the tokenizer has {len(vocab)} "
+               f"tokens, the model only {config.vocab_size}")
+        # The bytes of each id. A model can have more ids than its tokenizer, because round sizes
+        # are fast. Now and then it draws one of the additional ids, which have no bytes.
+        self.bytes_of = [token or b"" for token in vocab] + [b""] * (config.vocab_size - len(vocab))
         # The number of tokens that the model sees at once. The memory of the KV cache grows with
-        # it, and some models are trained on 131,072: therefore not more than 8192 by default.
+        # it, and some models are trained on 131,072. Therefore it is at most 8192 by default.
         self.context = context or min(8192, config.block_size)
         insist(self.context <= config.block_size, f"--context {context}: {directory} was trained "
                f"on {config.block_size} tokens at once")
         # In training, a divider came before each document. [] if the tokenizer has none.
-        divider = self.tokenizer.divider
+        special, divider = self.tokenizer.special_tokens, self.tokenizer.divider
         self.begin = [special[divider]] if divider else []
         self.ends = find_ends(directory, special)
-
-    def bytes_of(self, i: int) -> bytes:
-        """The bytes of a token, or b"" for an id that has none. A model can have more ids than its
-        tokenizer, because round sizes are fast; now and then it draws one that nothing trained."""
-        return (i < len(self.tokenizer.vocab) and self.tokenizer.vocab[i]) or b""
+        # Each text that is drawn takes the next seed. With one seed for all, several continuations
+        # of a prompt would be the same text.
+        self.seeds = itertools.repeat(None) if seed is None else itertools.count(seed)
 
 def find_ends(directory: Path, special: dict[str, int]) -> set[int]:
-    """The ids that end a text. The model's own files say which, in the order of transformers:
-    eos_token_id is an id or a list of ids, eos_token a name. special: the ids of special tokens."""
-    files = "generation_config.json", "config.json", "tokenizer_config.json"
-    for entries in [read_json(directory / name) for name in files if (directory / name).exists()]:
-        ends, name = entries.get("eos_token_id"), entries.get("eos_token")
-        if ends is None:
-            ends = special.get(str(name.get("content") if isinstance(name, dict) else name))
+    """A text ends when the model draws one of these ids. The model's files say which they are, as
+    in transformers: one id, or a list. special: name -> id of the tokenizer's special tokens."""
+    for path in directory / "generation_config.json", directory / "config.json":
+        ends = read_json(path).get("eos_token_id") if path.exists() else None
         if ends is not None:
             return set(ends) if isinstance(ends, list) else {ends}
-    # None of them says it. The best guess is what separates documents or turns.
+    # Neither says it. The best guess is what separates documents or turns.
     return {special[name] for name in (*DIVIDERS, *CHAT_TOKENS) if name in special}
 
 # ---------------------------------------------------------------- text in, text out
@@ -99,42 +99,41 @@ def find_ends(directory: Path, special: dict[str, int]) -> set[int]:
 def remark(text: str):
     print(text, file=sys.stderr)
 
-def speak(speaker: Speaker, prompt: list[int], number: int, cache=None, show=False,
-          one_line=False, **changes) -> tuple[list[int], str, str]:
-    """Let the model continue a prompt. -> ids and text, without the token that ended them, and why
-    it stopped: "ended", "cut", or "stopped" by Ctrl-C (if shown; else it is raised as usual).
-    number: added to the seed. cache: positions in it are not computed again. show: print text as it
-    is drawn, then the speed. one_line: stop after a line."""
+def speak(speaker: Speaker, prompt: list[int], cache=None, show=False,
+          **changes) -> tuple[list[int], str, str]:
+    """Let the model continue a prompt -> the new ids, their text, and why it stopped:
+
+    "ended"     the model drew one of speaker.ends, which is not part of the ids and the text
+    "cut"       it wrote max_new_tokens tokens
+    "stopped"   Ctrl-C, if the text is shown; if it is not, KeyboardInterrupt is raised as usual
+
+    cache: the KVCache of an earlier call; positions that it holds are not computed again. show:
+    print the text as it is drawn, then the speed. changes: of the speaker's sampling."""
     sampling = speaker.sampling | changes
     size = min(speaker.context, len(prompt) + sampling["max_new_tokens"])
     cache = cache or KVCache(speaker.model, 1, size)
-    seed = None if speaker.seed is None else speaker.seed + number
-    # A character can be several tokens. The decoder keeps half a character to itself until the rest
-    # comes, or until the end turns it into U+FFFD.
+    # A character can be several tokens. The decoder holds its bytes back until all are there. If
+    # the text ends before that, it gives U+FFFD.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids, text, why, start = [], "", "cut", time.perf_counter()
+    ids, why, start = [], "cut", time.perf_counter()
     try:
-        for step in speaker.model.generate([prompt], seed=seed, cache=cache, **sampling):
+        for step in speaker.model.generate([prompt], seed=next(speaker.seeds), cache=cache,
+                                           **sampling):
             if step.item() in speaker.ends:
                 why = "ended"
                 break
             ids.append(step.item())
-            piece = decoder.decode(speaker.bytes_of(ids[-1]))
-            text += piece
             if show:
-                print(piece, end="", flush=True)
-            if one_line and "\n" in text.lstrip():
-                break
+                print(decoder.decode(speaker.bytes_of[ids[-1]]), end="", flush=True)
     except KeyboardInterrupt:
         if not show:
             raise
         why = "stopped"
-    rest = decoder.decode(b"", final=True)
     if show:
-        print(rest)
+        print(decoder.decode(b"", final=True))
         rate = len(ids) / (time.perf_counter() - start)
         remark(f"({why} after {len(ids)} tokens, {rate:.0f} tokens/s)")
-    return ids, text + rest, why
+    return ids, b"".join(speaker.bytes_of[i] for i in ids).decode("utf-8", "replace"), why
 
 def continue_text(speaker: Speaker, text: str, count: int):
     """Print `count` continuations of a text, as they are made."""
@@ -144,81 +143,66 @@ def continue_text(speaker: Speaker, text: str, count: int):
         remark(f"the prompt has {len(prompt)} tokens; the model sees the last {speaker.context}")
     for number in range(count):
         print("-" * 60 + "\n" if number else "", text, sep="", end="", flush=True)
-        if speak(speaker, prompt, number, show=True)[2] == "stopped":
+        if speak(speaker, prompt, show=True)[2] == "stopped":
             raise KeyboardInterrupt
 
 # ---------------------------------------------------------------- chat
 
-HELP = r"""A line is a turn; one that ends in \ continues in the next. Ctrl-C stops an answer.
-/reset forgets all, /save FILE writes all that was said, /quit (or Ctrl-D) leaves."""
-
 def read_turns():
-    """Yield what the person types, turn by turn, until /quit or the end of the input."""
-    text, ask = "", "\n> " if sys.stdin.isatty() else ""
-    while text.strip() != "/quit":
-        if text.strip():
-            yield text
+    """Yield what the person types, turn by turn, until the end of the input."""
+    while True:
         try:
-            text = input(ask)
+            text = input("\n> " if sys.stdin.isatty() else "")
             while text.endswith("\\"):
                 text = text[:-1] + "\n" + input()
-        except KeyboardInterrupt:       # drops what was typed, and asks again
-            text = ""
+        except KeyboardInterrupt:       # drops what was typed
+            continue
         except EOFError:
             return
-
-def newest_turns(head: list[int], turns: list[list[int]], limit: int) -> list[list[int]]:
-    """The turns; if they and the head have more than `limit` tokens, only the newest of them.
-    The oldest go two at a time, because a history begins with the user, until half of `limit` is
-    free: after that all of the history is read again, because it begins elsewhere, and this should
-    be rare."""
-    if len(head) + sum(map(len, turns)) > limit:
-        while len(turns) > 2 and len(head) + sum(map(len, turns)) > limit // 2:
-            turns = turns[2:]
-    return turns
+        if text.strip():
+            yield text
 
 def chat(speaker: Speaker, system: str):
     """A conversation, until the input ends.
 
-    A turn does not read the history again, unless turns had to be forgotten. One KV cache stays
-    from turn to turn, with the keys and values of all tokens so far, and generate() computes only
-    the positions that it does not hold: the new turn. For that, the history must stay the same ids.
-    So an answer is kept as the ids that were drawn: its text, encoded again, could give others.
+    A turn does not read the history again. One KV cache stays from turn to turn. It holds the keys
+    and values of all tokens so far, which is all that attention needs of them. The cache compares
+    the prompt with the tokens that it holds, and computes only the positions after the first
+    difference: the new turn. For that, the history must stay the same ids. So an answer is kept as
+    the ids that were drawn. Its text, encoded again, could give others.
+
+    When the context is full, the older half of the exchanges is forgotten, and the rest is read
+    again, because its positions have changed. If only the oldest exchange were forgotten, this
+    would happen at each turn from then on. A turn that is too long by itself is not read.
     """
-    encode, context = partial(encode_chat, speaker.tokenizer), speaker.context
-    end = speaker.tokenizer.special_tokens.get(CHAT_TOKENS[1])
-    insist(end in speaker.ends, f"this model has not learned to end a turn with {CHAT_TOKENS[1]}: "
-           "python finetune.py sft teaches it")
-    messages = first = [{"role": "system", "content": system}] if system else []
-    head, opening = encode(first)[0], encode([], reply=True)[0]
+    encode, special = partial(encode_chat, speaker.tokenizer), speaker.tokenizer.special_tokens
+    insist(special.get(CHAT_TOKENS[1]) in speaker.ends, "this model has not learned to end a turn "
+           f"with {CHAT_TOKENS[1]}: python finetune.py sft teaches it")
+    head, _ = encode([{"role": "system", "content": system}] if system else [])
+    # What the template puts after an answer: an empty answer, without what opens it.
+    opening, _ = encode([], reply=True)
     closing = encode([{"role": "assistant", "content": ""}])[0][len(opening):]
-    # Room for the answer: as much as was asked for, but at most half of the context.
-    limit = context - min(speaker.sampling["max_new_tokens"], context // 2)
-    cache, turns = KVCache(speaker.model, 1, context), []
-    remark(HELP)
+    # An answer gets at most half of the context. The rest is for the history and the new turn.
+    room = min(speaker.sampling["max_new_tokens"], speaker.context // 2)
+    limit = max(0, speaker.context - room - len(head))
+    cache = KVCache(speaker.model, 1, speaker.context)
+    exchanges = []              # of each: the ids of what the person said, and of the answer
+    remark("A line is a turn; one that ends in \\ continues in the next. Ctrl-C stops an answer.\n"
+           "/reset forgets all. Ctrl-D (on Windows: Ctrl-Z, Enter) leaves.")
     for text in read_turns():
-        said = [{"role": "user", "content": text}]
-        new = encode(said, reply=True)[0]
-        kept = newest_turns(head, [*turns, new], limit)
-        prompt, forgotten = head + sum(kept, []), len(turns) + 1 - len(kept)
         if text.strip() == "/reset":
-            messages, turns = first, []
-        elif text.startswith("/save"):      # as a line of the .jsonl that finetune.py learns from
-            line = json.dumps({"messages": messages}, ensure_ascii=False)
-            try:
-                Path(text[5:].strip()).write_text(line + "\n", "utf-8")
-            except OSError as error:
-                remark(f"not saved: {error}")
-        elif len(prompt) > limit:
-            remark(f"not read: {len(new)} tokens, and there is room for {limit - len(head)}")
-        else:
-            if forgotten:
-                remark(f"(the oldest {forgotten} turns no longer fit and are forgotten)")
-            room = min(speaker.sampling["max_new_tokens"], context - len(prompt))
-            ids, answer, _ = speak(speaker, prompt, len(messages), cache, show=True,
-                                   max_new_tokens=room)
-            turns = [*kept, ids + closing]
-            messages = [*messages, *said, {"role": "assistant", "content": answer}]
+            exchanges = []
+            continue
+        new, _ = encode([{"role": "user", "content": text}], reply=True)
+        if len(new) > limit:
+            remark(f"not read: {len(new)} tokens, and there is room for {limit}")
+            continue
+        while sum(map(len, exchanges)) + len(new) > limit:
+            exchanges = exchanges[(len(exchanges) + 1) // 2:]
+            remark("(the older half of the conversation no longer fits, and is forgotten)")
+        prompt = sum(exchanges, head) + new
+        ids, _, _ = speak(speaker, prompt, cache, show=True, max_new_tokens=room)
+        exchanges.append(new + ids + closing)
 
 # ---------------------------------------------------------------- evaluation
 
@@ -232,14 +216,17 @@ def progress(items):
         yield item
 
 @torch.inference_mode()
-def nll(speaker: Speaker, ids, mask) -> float:
-    """Negative log-likelihood of the tokens that mask marks (never the first), given all before
-    them, in nats. A row that is longer than the context loses its beginning."""
-    ids, mask = (torch.tensor(np.array(part[-speaker.context - 1:], int), device=speaker.device)
+def nll(speaker: Speaker, ids: list[int], mask: list[int]) -> tuple[float, int]:
+    """Negative log-likelihood, in nats, of the tokens that mask marks (never the first), given all
+    before them; and how many they are. A question is given, and only its answer is predicted. So
+    the mask marks the answer, and the tokens of the question cost nothing. A row that is longer
+    than the context loses its beginning."""
+    ids, mask = (torch.tensor(part[-speaker.context - 1:], device=speaker.device)
                  for part in (ids, mask))                                       # (T + 1,)
     targets = ids[1:].where(mask[1:] != 0, -100)                                # (T,)
     losses = speaker.model(ids[None, :-1], targets[None], reduction="none")     # (1, T)
-    return losses.cpu().double().sum().item()       # on the CPU: Macs have no fp64 on their GPU
+    # Summed on the CPU: Macs have no fp64 on their GPU.
+    return losses.cpu().double().sum().item(), int(mask[1:].sum())
 
 def interval(values, weights) -> list[float]:
     """sum(values) / sum(weights), a mean if all weights are 1, and the ends of its 95% interval.
@@ -259,32 +246,22 @@ def measure_text(speaker: Speaker, path: Path) -> dict:
     compressor that uses the model would need for a byte. Nats per token can't compare models with
     different tokenizers, since a longer token costs more. Bytes are the same for all.
     """
-    tokenizer, context, note = speaker.tokenizer, speaker.context, Path(f"{path}.json")
-    if path.suffix == ".txt":
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        ids, size = speaker.begin + tokenizer.encode(text.decode()), len(text)
-    else:
-        ids = np.load(path, mmap_mode="r")
-        insist(ids.ndim == 1 and ids.dtype.kind in "iu", "it is not a row of token ids")
-        digest = hashlib.sha256((speaker.directory / "tokenizer.json").read_bytes()).hexdigest()
-        insist(not note.exists() or read_json(note).get("tokenizer") == digest,
-               f"it was encoded with another tokenizer than {speaker.directory}'s")
-        dividers = np.isin(ids, list(tokenizer.special_tokens.values()))
-        size = len(tokenizer.decode_bytes(ids[~dividers].tolist()))
-    # The tokens of a window depend on each other, so the bootstrap draws windows.
+    text, context = path.read_bytes().decode("utf-8-sig"), speaker.context
+    ids, size = speaker.begin + speaker.tokenizer.encode(text), len(text.encode())
     windows = [ids[i:i + context + 1] for i in range(0, len(ids) - 1, context)]
     insist(windows, "there is nothing to predict")
-    costs = [nll(speaker, window, np.arange(len(window))) for window in progress(windows)]
-    mean = np.array(interval(costs, [len(window) - 1 for window in windows]))
-    bits = mean * (len(ids) - 1) / max(1, size) / math.log(2)
+    # The tokens of a window depend on each other, so the bootstrap draws windows.
+    costs = [nll(speaker, window, [1] * len(window)) for window in progress(windows)]
+    mean = np.array(interval(*zip(*costs)))
+    bits = mean * (len(ids) - 1) / size / math.log(2)
     return {"tokens": len(ids) - 1, "bytes": size, "context": context, "nats_per_token":
             mean.tolist(), "perplexity": np.exp(mean).tolist(), "bits_per_byte": bits.tolist()}
 
-def encode_pair(speaker: Speaker, context: str, text: str):
+def encode_pair(speaker: Speaker, context: str, text: str) -> tuple[list[int], list[int]]:
     """-> ids of context and text, and a mask that marks those of the text. As in the harness, white
-    space between the two belongs to the text, because tokens begin with it; and both are encoded
-    together, then cut at the length of the context's ids. If a token spans the cut, this is
-    approximate; if nothing is left of the text, the last token counts as the text."""
+    space between the two belongs to the text, because tokens begin with it. Both are encoded
+    together, and cut where the ids of the context alone would end. If a token spans the cut, this
+    is approximate. If nothing is left of the text, the last token counts as the text."""
     ids = speaker.tokenizer.encode(context + text)
     cut = min(len(speaker.tokenizer.encode(context.rstrip())), len(ids) - 1)
     if cut <= 0:
@@ -296,85 +273,76 @@ def encode_pair(speaker: Speaker, context: str, text: str):
 # figure of the file is the sum of the values divided by the sum of the weights.
 
 def measure_choices(speaker: Speaker, context: str, choices: list[str], right: int) -> dict:
-    """acc: is the right choice the likeliest? That favours short ones, since each token makes a
-    text less likely. So acc_norm divides the log-likelihood of each choice by its length in
+    """The model writes nothing. It reads each choice after the context, and the choice's nll says
+    how unlikely it is. acc: is the right choice the likeliest? That favours short ones, since each
+    token makes a text less likely. So acc_norm divides each nll by the length of the choice in
     characters (as in the harness; not in bytes or tokens)."""
     insist(isinstance(choices, list) and all(isinstance(text, str) for text in [context, *choices])
            and all(choices) and type(right) is int and 0 <= right < len(choices),
            '"choices" must be a list of strings, and "answer" the number of one, from 0')
     # A blank goes between the two, unless there is white space.
     gaps = ["" if context[-1:].isspace() or text[0].isspace() else " " for text in choices]
-    costs = np.array([nll(speaker, *encode_pair(speaker, context, gap + text))
+    costs = np.array([nll(speaker, *encode_pair(speaker, context, gap + text))[0]
                       for gap, text in zip(gaps, choices)])
     by_length = costs / [len(text) for text in choices]
     return {"acc": (costs.argmin() == right, 1), "acc_norm": (by_length.argmin() == right, 1)}
 
 def measure_preference(speaker: Speaker, prompt, chosen, rejected) -> dict:
+    """acc: is the chosen reply likelier than the rejected one?"""
     if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
         pairs = [encode_pair(speaker, prompt, reply) for reply in (chosen, rejected)]
     else:
         chats = conversations({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         pairs = [encode_chat(speaker.tokenizer, *chat) for chat in chats]
-    costs = [nll(speaker, *pair) for pair in pairs]
+    costs = [nll(speaker, *pair)[0] for pair in pairs]
     return {"acc": (costs[0] < costs[1], 1)}
 
-def measure_answer(speaker: Speaker, prompt, wanted: str) -> dict:
-    """exact: does the model at temperature 0 give the answer, up to white space around it? A base
-    model does not stop after an answer. So if it continues a text, and the answer is one line, only
-    one line is compared. A reply in a chat ends by itself and is compared whole."""
-    insist(isinstance(wanted, str), '"answer" must be a string')
-    if is_text := isinstance(prompt, str):
-        ids = speaker.tokenizer.encode(prompt) or speaker.begin
-    else:
-        [(messages, _)] = conversations({"messages": prompt})
-        ids, _ = encode_chat(speaker.tokenizer, messages, reply=True)
-    one_line = is_text and "\n" not in wanted.strip()
-    _, said, _ = speak(speaker, ids, 0, one_line=one_line, temperature=0.0)
-    said = said.strip().split("\n")[0] if one_line else said
-    return {"exact": (said.strip() == wanted.strip(), 1)}
-
-def measure_chat(speaker: Speaker, messages, patterns, number: int) -> dict:
-    """What the assistant's turns cost. Or, with patterns, let the model reply in place of the last
-    turn: does it end by itself, how many words does it say, and how many of them match?"""
+def measure_chat(speaker: Speaker, messages) -> dict:
+    """What the assistant's turns cost, per token of theirs. The turns of others are only read."""
     [(messages, first)] = conversations({"messages": messages})
-    if not patterns:
-        ids, mask = (part[-speaker.context - 1:]        # all that nll() looks at
-                     for part in encode_chat(speaker.tokenizer, messages, first))
-        return {"nats_per_token": (nll(speaker, ids, mask), sum(mask[1:]))}
+    return {"nats_per_token": nll(speaker, *encode_chat(speaker.tokenizer, messages, first))}
+
+def measure_reply(patterns, speaker: Speaker, messages) -> dict:
+    """Let the model reply in place of the last turn. Does the reply end by itself, is it exactly
+    that turn, how many words has it, and which share of them does each pattern match?"""
+    [(messages, _)] = conversations({"messages": messages})
     prompt, _ = encode_chat(speaker.tokenizer, messages[:-1], reply=True)
-    _, said, why = speak(speaker, prompt, number)
-    words = re.findall(r"\w+", said)
-    figures = {"ended": (why == "ended", 1), "words": (len(words), 1)}
+    _, said, why = speak(speaker, prompt)
+    same, words = said.strip() == messages[-1]["content"].strip(), re.findall(r"\w+", said)
+    figures = {"ended": (why == "ended", 1), "exact": (same, 1), "words": (len(words), 1)}
     for pattern in patterns:
-        matches = [word for word in words if pattern.fullmatch(word)]
-        figures[f"{pattern.pattern} in words"] = (len(matches), len(words))
+        matches = [word for word in words if re.fullmatch(pattern, word)]
+        figures[f"{pattern} in words"] = (len(matches), len(words))
     return figures
 
-KINDS = {("context", "choices", "answer"): measure_choices, ("messages",): measure_chat,
-         ("prompt", "chosen", "rejected"): measure_preference, ("prompt", "answer"): measure_answer}
+# The first kind whose keys a row has is its kind. Preferences are first, because some of them
+# repeat the chosen reply as "messages".
+KINDS = {("prompt", "chosen", "rejected"): measure_preference,
+         ("context", "choices", "answer"): measure_choices,
+         ("messages",): measure_chat}
 
 def evaluate(speaker: Speaker, path: Path, patterns, count: int) -> dict:
-    """-> {figure: a number, or [value, low, high]}. ValueError that names the file and the line."""
-    where, rows = path, []
+    """-> {figure: a number, or [value, low, high]}. patterns: None, or those of --count; then the
+    model replies to at most `count` chats. Raises ValueError that names the file and the line."""
+    where, rows, kinds = path, [], KINDS
     try:
-        if path.suffix in (".txt", ".npy"):
+        if path.suffix == ".txt":
             return measure_text(speaker, path)
         lines = [row for row in enumerate(path.read_bytes().split(b"\n"), 1) if row[1].strip()]
-        if patterns:        # replies take long: as many as asked for, spread evenly over the file
+        insist(lines, "it is empty")
+        if patterns is not None:
+            kinds = {("messages",): partial(measure_reply, patterns)}
+            # Replies take long: only as many as asked for, spread evenly over the file.
             count = min(count, len(lines))
             lines = [lines[i * len(lines) // count] for i in range(count)]
-        insist(lines, "it is empty")
         for number, line in progress(lines):
             where = f"{path}, line {number}"
             row = json.loads(line)
             insist(isinstance(row, dict), "it is not an object")
-            kinds = [keys for keys in KINDS if set(keys) <= row.keys()]
-            # Some preferences repeat the chosen reply as "messages".
-            kinds = [keys for keys in kinds if "chosen" in keys] or kinds
-            insist(len(kinds) == 1, f"it has {', '.join(row)}; it must have just one kind of keys: "
-                   f"{' or '.join(map(', '.join, KINDS))}")
-            more = [patterns, len(rows)] if "messages" in kinds[0] else []
-            rows.append(KINDS[kinds[0]](speaker, *map(row.get, kinds[0]), *more))
+            keys = next((keys for keys in kinds if row.keys() >= set(keys)), None)
+            insist(keys, f"it has {', '.join(row)}; it must have "
+                   f"{' or '.join(map(', '.join, kinds))}")
+            rows.append(kinds[keys](speaker, *map(row.get, keys)))
             insist(rows[-1].keys() == rows[0].keys(), "it is of another kind than those before it")
     except (ValueError, RecursionError) as error:       # RecursionError: 100,000 brackets
         raise ValueError(f"{where}: {error}") from None
@@ -414,95 +382,81 @@ def explain(speaker: Speaker, text: str) -> list[tuple]:
         hook.remove()
 
     def spell(i):
-        return speaker.bytes_of(i).decode("utf-8", "backslashreplace") or f"[{i}]"
-    nats = [-row[i].item() for row, i in zip(logps, ids[1:])]
-    p, i = (part.tolist() for part in logps.exp().topk(3))                          # (T, 3)
-    likeliest = [list(zip(map(spell, i_t), p_t)) for i_t, p_t in zip(i, p)]
-    layers = [list(map(spell, guess)) for guess in zip(*guesses)]
-    # Nothing came before the first token, so there is no guess for it.
-    return [(spell(ids[0]), None, [], []),
-            *zip([*map(spell, ids[1:]), None], [*nats, None], likeliest, layers)]
+        return speaker.bytes_of[i].decode("utf-8", "backslashreplace") or f"[{i}]"
+    positions = [(spell(ids[0]), None, [], [])]         # nothing is before it: there is no guess
+    for t, logp in enumerate(logps, 1):                                             # (V,)
+        token, nats = (spell(ids[t]), -logp[ids[t]].item()) if t < len(ids) else (None, None)
+        best = [(spell(i), logp[i].exp().item()) for i in logp.topk(3).indices.tolist()]
+        positions.append((token, nats, best, [spell(guess[t - 1]) for guess in guesses]))
+    return positions
 
 def print_positions(positions: list[tuple]):
-    """A table of them. In a terminal, tokens go from white (expected) to red (8 nats and more)."""
+    """A table of them. A layer's guess is shown where it differs from that of the layer before."""
     quote = partial(json.dumps, ensure_ascii=False)
     print(" nats  token             likeliest" + " " * 41 + "guess from layer")
     for token, nats, likeliest, guesses in positions:
-        cell, cost = f"{'(next)' if token is None else quote(token):16}", nats or 0.0
-        if sys.stdout.isatty():         # in one of a terminal's 256 colours
-            cell = f"\033[30;48;5;{(231, 224, 217, 210, 203)[min(4, int(cost / 2))]}m{cell}\033[0m"
-        top = "  ".join(f"{quote(name)} {p:.0%}" for name, p in likeliest)
+        cost = "" if nats is None else f"{nats:.2f}"
+        name = "(next)" if token is None else quote(token)
+        top = "  ".join(f"{quote(other)} {p:.0%}" for other, p in likeliest)
         changes = "  ".join(f"{layer} {quote(guess)}" for layer, (guess, before) in enumerate(
             zip(guesses, [None, *guesses]), 1) if guess != before)
-        print(f"{'' if nats is None else f'{nats:.2f}':>5}  {cell}  {top:48}  {changes}")
+        print(f"{cost:>5}  {name:16}  {top:48}  {changes}")
 
 # ---------------------------------------------------------------- curves
 
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 370" font-family="sans-serif"
-font-size="12" text-anchor="end"><style>svg{background:#fff;color:#222}text{fill:currentColor}
-line{stroke:currentColor;opacity:.2}polyline{fill:none}
-@media(prefers-color-scheme:dark){svg{background:#161616;color:#ddd}}</style>"""
-
 def draw_curves(folders: list[Path], by: str) -> Path:
-    """Training loss (thin) and held-out loss (thick) of some runs as one SVG, for any browser, on
-    light and dark screens. -> its path: curves.svg in the first folder."""
-    curves, units = {}, set()
-    for folder in folders:
-        text = (folder / "metrics.jsonl").read_text("utf-8")
-        rows = [json.loads(line) for line in text.splitlines()]
-        # Bits per byte are nats per token times a constant of the run, where the run knows it.
-        factors = [row["val_bpb"] / row["val_loss"] for row in rows if row.get("val_bpb")]
-        units.add("bits per byte" if factors else "nats per token")
-        for name, key in ("training", "loss"), ("held out", "val_loss"):
-            points = [(row[by], row[key] * [*factors, 1][0]) for row in rows if row.get(key)]
-            curves |= {(folder, name): points} if points else {}
+    """Training loss (thin) and held-out loss (thick) of some runs, as an SVG for any browser. ->
+    its path: curves.svg in the first folder. The losses are those of the log, in nats per token (of
+    DPO: per pair). Another tokenizer makes other tokens: compare such runs in the bits per byte of
+    --eval."""
+    curves = []                 # title, colour, width of the line, points (x, loss)
+    for i, folder in enumerate(folders):
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        for width, name, key in (1, "training", "loss"), (2, "held out", "val_loss"):
+            points = [(row[by], row[key]) for row in map(json.loads, lines) if row.get(key)]
+            if points:
+                title = escape(f"{folder}: {name} {points[-1][1]:.3f}")
+                curves.append((title, f"hsl({210 + 137 * i},60%,45%)", width, points))
     insist(curves, f"{folders[0] / 'metrics.jsonl'} has no losses yet")
-    insist(len(units) == 1, "some of these runs know their bits per byte and some do not")
-    xs, ys = zip(*sum(curves.values(), []))
-    right, low, high = max(xs) or 1, min(ys), max(*ys, min(ys) + 1e-3)
-
-    def place(x, y):            # on the picture, where y grows downwards
-        return round(60 + 520 * x / right, 1), round(20 + 300 * (high - y) / (high - low), 1)
-    parts = [SVG, f'<text x="320" y="360">{by}</text>',
-             f'<text transform="translate(14 120) rotate(-90)">loss, {units.pop()}</text>']
+    xs, ys = zip(*(point for *_, points in curves for point in points))
+    right, low, high = max(xs), min(ys), max(ys)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-size="12" '
+             'font-family="sans-serif" text-anchor="end" style="background:white">'
+             f'<text x="54" y="11">loss</text><text x="340" y="356">{by}</text>']
     for i in range(5):          # five grid lines, and the numbers on both axes
-        x, y = right * i / 4, low + (high - low) * i / 4
-        px, py = place(x, y)
-        parts += [f'<line x1="60" x2="580" y1="{py}" y2="{py}"/>',
-                  f'<text x="54" y="{py + 4}">{y:.2f}</text><text x="{px}" y="338">{x:,.0f}</text>']
-    for i, ((folder, name), curve) in enumerate(curves.items()):
-        line = " ".join("{},{}".format(*place(x, y)) for x, y in curve)
-        hue, width = 210 + 137 * folders.index(folder), 1 if name == "training" else 2
-        title = f"{folder}: {name} {curve[-1][1]:.3f}".replace("&", "&amp;").replace("<", "&lt;")
-        parts += [f'<g color="hsl({hue} 60% 50%)"><text x="574" y="{36 + 18 * i}">{title}</text>',
-                  f'<polyline points="{line}" stroke="currentColor" stroke-width="{width}"/></g>']
-    with write_whole(folders[0] / "curves.svg") as file:
-        file.write("\n".join([*parts, "</svg>"]).encode())
-    return folders[0] / "curves.svg"
+        x, y = 60 + 130 * i, 320 - 75 * i           # y grows downwards
+        parts += [f'<path d="M60 {y}H580" stroke="lightgray"/>'
+                  f'<text x="54" y="{y + 4}">{low + (high - low) * i / 4:.2f}</text>'
+                  f'<text x="{x}" y="338">{right * i / 4:,.0f}</text>']
+    for i, (title, colour, width, points) in enumerate(curves):
+        line = " ".join(f"{np.interp(x, (0, right), (60, 580)):.1f},"
+                        f"{np.interp(y, (low, high), (320, 20)):.1f}" for x, y in points)
+        parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"'
+                  f'/><text x="574" y="{36 + 18 * i}" fill="{colour}">{title}</text>']
+    path = folders[0] / "curves.svg"
+    path.write_text("\n".join([*parts, "</svg>"]), "utf-8")
+    return path
 
 # ---------------------------------------------------------------- command line
-
-def text_of(flag: str) -> str:
-    """What a flag means: TEXT itself, the contents of @FILE, or for - standard input."""
-    if flag == "-":
-        return sys.stdin.read()
-    return Path(flag[1:]).read_text("utf-8") if flag.startswith("@") else flag
 
 def run(argv=None):
     """Do what the flags say. Raises ValueError or OSError, one line, for bad input."""
     parser = Parser("sample.py", description="Talk to a model, measure it, look inside it.")
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("models", nargs="*", metavar="DIR", type=Path, help="model or run [the newest in out/]")
-    mode("--prompt", default="", metavar="TEXT", help="continue TEXT, @FILE or - (standard input)")
+    mode("--prompt", default="", metavar="TEXT", help="continue TEXT")
     mode("--chat", action="store_true", help="talk, turn by turn")
-    mode("--eval", metavar="FILE", type=Path, help="measure models on a .txt, .npy or .jsonl")
+    mode("--eval", metavar="FILE", type=Path, help="measure models on a .txt or .jsonl")
     mode("--explain", metavar="TEXT", help="show what each token cost and what was expected")
     mode("--curves", action="store_true", help="draw the losses of runs to DIR/curves.svg")
     add("--system", default="", metavar="TEXT", help="--chat: who the model is to be")
-    add("--count", nargs="+", default=[], metavar="REGEX",
-        help="--eval of chats: let the model reply, and count the words that match")
+    add("--count", nargs="*", metavar="REGEX",
+        help="--eval of chats: let the model reply, and count its words, and those that match")
     add("--num_samples", type=int, metavar="N", help="continuations, or replies [1; --count: 200]")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="of each [%(default)s]")
+    # The model gives each token a probability. Text made of the likeliest tokens alone repeats
+    # itself. If tokens are drawn among all, an unlikely one is drawn now and then, and the text
+    # goes astray from there (arXiv:1904.09751). The next four flags choose between the two.
     add("--temperature", type=float, default=0.8, metavar="X",
         help="0: always the likeliest token; above 1.5: nonsense [%(default)s]")
     add("--top_k", type=int, metavar="K", help="draw among the K likeliest; lower is safer [all]")
@@ -519,7 +473,8 @@ def run(argv=None):
     for name in "num_samples", "max_new_tokens", "context":
         insist(getattr(args, name) is None or getattr(args, name) > 0, f"--{name} must be above 0")
     try:
-        patterns = [re.compile(pattern) for pattern in args.count]
+        for pattern in args.count or []:
+            re.compile(pattern)
     except re.error as error:
         raise ValueError(f"--count: {error}") from None
     newest = sorted(Path("out").glob("*/model.safetensors"), key=os.path.getmtime)[-1:]
@@ -528,22 +483,22 @@ def run(argv=None):
     insist(len(models) == 1 or args.eval or args.curves, "only --eval and --curves compare models")
     # Not every terminal and pipe can write every character; that is no reason to stop.
     sys.stdout.reconfigure(errors="replace")
-    sampling = {name: getattr(args, name)
-                for name in ("temperature", "max_new_tokens", "top_k", "top_p", "min_p")}
-    seed = 0 if args.eval and args.seed is None else args.seed
-    speakers = (Speaker(directory, pick_device(args.device), args.dtype, args.context, seed,
-                        **sampling) for directory in models)    # opened one after the other
+    seed = 0 if args.eval and args.seed is None else args.seed      # --eval: the same each time
+    speaker_of = partial(
+        Speaker, device=pick_device(args.device), dtype=args.dtype, context=args.context, seed=seed,
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, min_p=args.min_p)
     if args.curves:
         print(draw_curves(models, args.by))
+    elif args.eval:             # one model after the other, so that one at a time is in memory
+        print_table({str(directory): evaluate(speaker_of(directory), args.eval, args.count,
+                                              args.num_samples or 200) for directory in models})
     elif args.chat:
-        chat(next(speakers), args.system)
+        chat(speaker_of(models[0]), args.system)
     elif args.explain is not None:
-        print_positions(explain(next(speakers), text_of(args.explain)))
-    elif args.eval:
-        print_table({str(speaker.directory): evaluate(
-            speaker, args.eval, patterns, args.num_samples or 200) for speaker in speakers})
+        print_positions(explain(speaker_of(models[0]), args.explain))
     else:
-        continue_text(next(speakers), text_of(args.prompt), args.num_samples or 1)
+        continue_text(speaker_of(models[0]), args.prompt, args.num_samples or 1)
 
 def main(argv=None) -> int:
     try:
@@ -551,7 +506,7 @@ def main(argv=None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:         # whoever reads has enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, EOFError) as error:        # EOFError: of an empty .npy
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

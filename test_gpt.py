@@ -1508,9 +1508,9 @@ def spoken(tokenizer, ids) -> str:
     """decode, less the ids that only the model has."""
     return tokenizer.decode(i for i in ids if i < len(tokenizer))
 
-def figures(folder, path, *patterns, count=200, **how) -> dict:
+def figures(folder, path, patterns=None, count=200, **how) -> dict:
     speaker = sample.Speaker(folder, torch.device("cpu"), seed=0, max_new_tokens=200, **how)
-    return sample.evaluate(speaker, path, [re.compile(pattern) for pattern in patterns], count)
+    return sample.evaluate(speaker, path, patterns, count)
 
 PARTS = [word for word in map(str.strip, words(200, "abcdeé 🙂", 30, 1)) if word]
 
@@ -1521,17 +1521,15 @@ def cost_by_hand(folder, ids, marked) -> float:
         return sum(-F.log_softmax(model(ids[:, :t])[0, -1], dim=0)[ids[0, t]].item()
                    for t in marked)
 
-def test_prompts_of_all_sources_and_a_seed_that_repeats(speaker_dir, tmp_path, monkeypatch, capsys):
+def test_a_seed_repeats_a_text_and_a_long_prompt_loses_its_beginning(speaker_dir, capsys):
     prompt, texts = "From afar 🙂" * 50, []
-    (tmp_path / "file").write_text(prompt, encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
-    for given, seed in (prompt, 5), (f"@{tmp_path / 'file'}", 5), ("-", 5), (prompt, 6):
+    for given, seed in (prompt, 5), ("Gone. " + prompt, 5), (prompt, 6):
         say(speaker_dir, "--prompt", given, "--seed", seed, "--max_new_tokens", 10,
             "--dtype", "int8")
         out, err = capsys.readouterr()      # only text goes to stdout
-        assert out.startswith(prompt) and "tokens/s" in err and "sees the last 256" in err
-        texts.append(out)
-    assert texts[0] == texts[1] == texts[2] != texts[3]
+        assert out.startswith(given) and "tokens/s" in err and "sees the last 256" in err
+        texts.append(out.removeprefix(given))
+    assert texts[0] == texts[1] != texts[2]
 
 def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys):
     """Byte for byte, with halves of characters, and ids that the tokenizer doesn't know."""
@@ -1550,13 +1548,12 @@ def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys)
 @pytest.mark.parametrize("files, ends", [
     ({}, {1497, 1498, 1499}),
     ({"generation_config": {"eos_token_id": 3}, "config": {"eos_token_id": 4}}, {3}),
-    ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": [3, 1498]},
-      "tokenizer_config": {"eos_token": "<|im_end|>"}}, {3, 1498}),
-    ({"generation_config": {}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, {1499}),
-    ({"generation_config": {"eos_token_id": [3, 1498]}}, {3, 1498}),
-    ({"tokenizer_config": {"eos_token": {"content": "<|endoftext|>"}}}, {1497})])
+    ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": [3, 1498]}},
+     {3, 1498}),
+    ({"generation_config": {}, "config": {"eos_token_id": 1499}}, {1499}),
+    ({"generation_config": {"eos_token_id": [3, 1498]}}, {3, 1498})])
 def test_what_ends_a_text(speaker_dir, tokenizer, files, ends, tmp_path, monkeypatch, capsys):
-    """In the order of transformers: generation_config, config, then the tokenizer's name for it."""
+    """In the order of transformers: generation_config, then config."""
     folder = Path(shutil.copytree(speaker_dir, tmp_path / "model"))
     for name, entries in files.items():
         config = json.loads((folder / "config.json").read_text()) if name == "config" else {}
@@ -1593,26 +1590,30 @@ def test_a_turn_computes_only_what_is_new_and_stays_text(speaker_dir, tokenizer,
     # What is typed never becomes a turn: the ids of special tokens are those of the three turns.
     assert [i for i in prompts[0] if i in ends] == [1498, 1499, 1498, 1499, 1498]
 
-def test_the_oldest_turns_are_dropped_in_pairs_and_it_is_said(talk):
+def test_a_full_context_forgets_the_older_half_of_a_chat_and_says_so(tokenizer, talk):
     lines = [f"number {i} " + "and so on " * 4 for i in range(12)]
-    prompts, said = talk(*lines, "far too long " * 200, "/quit", "unheard", system="Count.",
-                         room=20)
-    assert len(prompts) == 12 and max(map(len, prompts)) <= 256 - 20
-    assert len({tuple(prompt[:8]) for prompt in prompts}) == 1          # the system turn stays
+    prompts, said = talk(*lines, "far too long " * 200, "last", system="Count.", room=20)
+    assert len(prompts) == 13 and max(map(len, prompts)) <= 256 - 20
     assert "forgotten" in said.err and "not read" in said.err
-    # by hand: lengths 10 each with a head of 10; 60 fit, then what is left is 30 at most
-    turns = [[i] * 10 for i in range(5)]
-    assert sample.newest_turns([0] * 10, turns, 60) == turns
-    assert sample.newest_turns([0] * 10, turns, 59) == turns[4:]
-    assert sample.newest_turns([], turns[:1], 3) == turns[:1]
+    # By hand: a history grows by one exchange, or it was full and its older half is gone. The
+    # system turn stays, and what was far too long leaves no trace.
+    before, times = [], 0
+    for i, prompt in enumerate(prompts):
+        text = spoken(tokenizer, prompt)
+        assert text.startswith("<|im_start|>system\nCount.<|im_end|>\n") and "far" not in text
+        found = [int(number) for number in re.findall("<.im_start.>user\nnumber ([0-9]+)", text)]
+        kept = [*before, i] if i < 12 else before
+        if found != kept:
+            assert found == before[(len(before) + 1) // 2:] + kept[len(before):]
+            times += 1
+        before = found
+    assert times > 1
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, talk, tmp_path):
-    prompts, said = talk("Speak!", f"/save {tmp_path / 'chat.jsonl'}", "Go on", "/reset", "Anew",
-                         "/save", system="S", room=2,
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, talk):
+    prompts, said = talk("Speak!", "Go on", "/reset", "Anew", system="S", room=2,
                          replies=[[*tokenizer.encode("I was say"), None]])
-    assert said.out.startswith("I was say\n") and "stopped" in said.err and "not saved" in said.err
+    assert said.out.startswith("I was say\n") and "stopped" in said.err
     turns = [{"role": "system", "content": "S"}, *chat("Speak!", "I was say")["messages"]]
-    assert read_lines(tmp_path / "chat.jsonl") == [{"messages": turns}]
     second, third = (spoken(tokenizer, prompt) for prompt in prompts[1:])
     assert second.startswith(spoken(tokenizer, bpe.encode_chat(tokenizer, turns)[0]))
     assert "Speak" not in third and "\nS<" in third
@@ -1631,18 +1632,11 @@ def test_eval_of_text_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
                            ("bits_per_byte", cost / size / math.log(2))):
         found, low, high = row[name]
         assert low < found < high and found == pytest.approx(expected, rel=1e-5)
-    np.save(tmp_path / "two.npy", np.array(ids + ids, tokenizer.dtype))
-    row_of_two = figures(speaker_dir, tmp_path / "two.npy")
-    assert (row_of_two["tokens"], row_of_two["bytes"]) == (2 * n + 1, 2 * size)
-    digest = hashlib.sha256((speaker_dir / "tokenizer.json").read_bytes()).hexdigest()
-    for name, made_with in ("text.npy", digest), ("two.npy", digest[::-1]):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"tokenizer": made_with}))
-        np.save(tmp_path / name, np.array(ids, tokenizer.dtype))
-    assert figures(speaker_dir, tmp_path / "text.npy", context=32) == row
+    (tmp_path / "marked.txt").write_text("\ufeff" + text, encoding="utf-8")
+    assert figures(speaker_dir, tmp_path / "marked.txt", context=32) == row
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, problem in ("two.npy", "another tokenizer"), ("latin.txt", "latin.txt"):
-        say(speaker_dir, "--eval", tmp_path / name, code=2)
-        assert problem in capsys.readouterr().err
+    say(speaker_dir, "--eval", tmp_path / "latin.txt", code=2)
+    assert "latin.txt" in capsys.readouterr().err
 
 def test_eval_of_choices_by_hand(speaker_dir, tokenizer, tmp_path):
     rng, rows, hits = random.Random(1), [], np.zeros(2)
@@ -1702,28 +1696,24 @@ def test_a_token_across_the_seam_costs_that_row_its_exactness_only(speaker_dir, 
     ids, mask = sample.encode_pair(speaker, whole[:-1], whole[-1])
     assert ids == [*speaker.begin, *tokenizer.encode(whole)] and mask == [0, 1]
 
-def test_eval_of_answers_and_replies_by_hand(speaker_dir, tokenizer, tmp_path, monkeypatch):
+def test_eval_of_replies_by_hand(speaker_dir, tokenizer, tmp_path, monkeypatch):
     """The model is replaced by one that says what is written here, and then goes on."""
-    end, sure = tokenizer.special_tokens["<|im_end|>"], [{"role": "user", "content": "Sure?"}]
-    asked = listen(monkeypatch, [[*tokenizer.encode(said), end, 20] for said in (
-        " 4\nQ: 3+3", "a\nb ", "Yes.\nWhy", "4!")])
-    found = figures(speaker_dir, write_lines(tmp_path / "a.jsonl", [
-        {"prompt": "Q: 2+2", "answer": "4"}, {"prompt": "ab", "answer": "a\nb"},
-        {"prompt": sure, "answer": "Yes."}, {"prompt": "Q: 2+2", "answer": "4"}]))
-    assert found["exact"][0] == 2 / 4         # in a chat all counts, so "Yes.\nWhy" is not "Yes."
-    assert asked[0] == tokenizer.encode("Q: 2+2")
-    assert asked[2] == bpe.encode_chat(tokenizer, sure, reply=True)[0]
-
-    chats = write_lines(tmp_path / "b.jsonl", [chat(f"speech {i}", "reply") for i in range(8)])
-    asked = listen(monkeypatch, [tokenizer.encode(said, "all") for said in (
-        "Thou art a thousand.<|im_end|>you", "Thy youth, and YOU!<|im_end|>", "your thee", "nay")])
+    chats = write_lines(tmp_path / "b.jsonl", [chat(f"speech {i}", "nay") for i in range(8)])
+    replies = [tokenizer.encode(said, "all") for said in (
+        "Thou art a thousand.<|im_end|>you", "Thy youth, and YOU!<|im_end|>", "your thee", " nay")]
     patterns = "(?i)thou|thy|thee", "(?i)you|your"
-    found = figures(speaker_dir, chats, *patterns, count=4)
+    asked = listen(monkeypatch, replies)
+    found = figures(speaker_dir, chats, patterns, count=4)
     # by hand: 4 + 4 + 2 + 1 words, of which thou, Thy, thee; YOU, your. "thousand" is none, nor is
-    # what follows an end. Of four replies two end.
-    assert [found[name][0] for name in ("ended", "words")] == [0.5, 11 / 4]
+    # what follows an end. Of four replies two end. The last is what the file says, but for a blank.
+    assert [found[name][0] for name in ("ended", "exact", "words")] == [0.5, 0.25, 11 / 4]
     assert [found[f"{regex} in words"][0] for regex in patterns] == pytest.approx([3 / 11, 2 / 11])
     assert all(f"speech {2 * i}" in tokenizer.decode(prompt) for i, prompt in enumerate(asked))
+    speech = [{"role": "user", "content": "speech 0"}]
+    assert asked[0] == bpe.encode_chat(tokenizer, speech, reply=True)[0]
+    listen(monkeypatch, replies)
+    less = figures(speaker_dir, chats, [], count=4)
+    assert less == {name: found[name] for name in ("rows", "ended", "exact", "words")}
 
 def test_the_bootstrap_agrees_with_the_normal_approximation():
     found = sample.interval(np.arange(400) % 4 == 0, np.ones(400))
@@ -1761,8 +1751,8 @@ def test_curves_show_the_losses_of_several_runs_on_one_scale(reference_run, tmp_
     say("--curves", tmp_path / "a", tmp_path / "b & c", "--by", "seconds")
     content = Path(capsys.readouterr().out.strip()).read_text()
     last = read_lines(reference_run[0] / "metrics.jsonl")[-1]
-    held_out = f"held out {last['val_bpb']:.3f}"
-    assert all(part in content for part in ("color-scheme", "bits per byte", "seconds", held_out))
+    held_out = f"held out {last['val_loss']:.3f}"
+    assert all(part in content for part in ("seconds", "b &amp; c: " + held_out))
     # the last point of each curve is right of all others
     import xml.etree.ElementTree
     lines = [line.get("points") for line in xml.etree.ElementTree.fromstring(content).iter(
@@ -2079,8 +2069,8 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
             "long.jsonl": [chat("far " * 99, "b")], "six.jsonl": [choice, choice | {"answer": 6}],
             "nothing.jsonl": [choice, {"a": 1}], "void.jsonl": [choice | {"choices": [""]}],
             "kinds.jsonl": [choice, {"prompt": "a", "chosen": "b", "rejected": "c"}],
-            "turns.jsonl": [{"prompt": [{"role": "user"}], "answer": "b"}], "list.jsonl": [[1]],
-            "whole.jsonl": [{"prompt": "a", "answer": 4}], "deep.jsonl": b"[" * 100_000,
+            "turns.jsonl": [{"messages": [{"role": "user"}]}], "list.jsonl": [[1]],
+            "deep.jsonl": b"[" * 100_000,
             "broken.jsonl": b'{"text": "a"}\n{"text": \n', "file": b"no folder",
             "silent.jsonl": f'{json.dumps(good)}\n\n{json.dumps(chat("Who?", " "))}'.encode(),
             "json.jsonl": json.dumps(good).encode() + b"\n{", "odd.npz.json": b'{"author": "me"}',
@@ -2088,9 +2078,8 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
             "good.txt": b"some text " * 100, "latin.txt": b"good \xff bad",
             "cut_off.json": (saved / "tokenizer.json").read_bytes()[:5000],
             "cut.npz": (finetune_dir / "chats.npz").read_bytes()[:500], "none.npy": b"no array",
-            "floats.npy": np.zeros(9), "few.npy": np.zeros(9, np.uint16), "one.npy": np.array([1]),
-            "negative.npy": np.full(9999, -1), "enough.npy": np.zeros(9999, np.uint16),
-            "high.npy": np.array([1, 1536])}.items():
+            "floats.npy": np.zeros(9), "few.npy": np.zeros(9, np.uint16),
+            "negative.npy": np.full(9999, -1), "enough.npy": np.zeros(9999, np.uint16)}.items():
         write = {list: write_lines, bytes: Path.write_bytes, np.ndarray: np.save}[type(content)]
         write(folder / name, content)
     tiny().save_pretrained(folder / "mute")
@@ -2158,13 +2147,13 @@ REFUSED = {
         "plain --chat => finetune.py sft", "plain --eval turns.jsonl => line 1"],
     "sample run": [
         "--*temperature* -1", "--*top_p* 0", "--*min_p* 2", "*--max_new_tokens* x",
-        "*--num_samples* 0", "*--dtype* fp8", "--prompt @*nofile*", "--chat *--json*",
+        "*--num_samples* 0", "*--dtype* fp8", "--chat *--json*",
         "run => --eval", "--context 99999 => trained on"],
     "sample speaker --eval": [
-        "*missing.txt*", "high.npy => 1536", "one.npy => predict", "*empty*.jsonl",
+        "*missing.txt*", "*negative.npy*", "*empty*.jsonl", "six.jsonl --count => have messages",
         "empty.txt => predict", "six.jsonl => line 2", "nothing.jsonl => line 2",
         "kinds.jsonl => line 2", "list.jsonl => line 1", "void.jsonl => line 1",
-        "whole.jsonl => line 1", "turns.jsonl => line 1", "deep.jsonl => line 1",
+        "turns.jsonl => line 1", "deep.jsonl => line 1",
         "turns.jsonl *--count* (thou"]}
 
 @pytest.mark.parametrize("begin, row", [
