@@ -31,10 +31,9 @@ What --eval measures depends on what FILE holds. Figures come with their 95% int
                                                 --count, the model's own replies are measured
 
 The first two give the figures of EleutherAI's lm-evaluation-harness.
-Left out on purpose: a server (README.md names some that serve the same directory), examples before
-a question (write them into "context"), and any judge of replies but equality and word counts.
-Reading order: a model with its tokenizer, text in and out, chat, evaluation, looking inside,
-curves, the command line.
+Left out on purpose: a server, examples before a question (write them into "context"), any judge of
+replies but equality and word counts. Reading order: a model with its tokenizer, text in and out,
+chat, evaluation, looking inside, curves, the command line.
 """
 import codecs
 import itertools
@@ -99,8 +98,7 @@ def find_ends(directory: Path, special: dict[str, int]) -> set[int]:
 def remark(text: str):
     print(text, file=sys.stderr)
 
-def speak(speaker: Speaker, prompt: list[int], cache=None, show=False,
-          **changes) -> tuple[list[int], str, str]:
+def speak(speaker: Speaker, prompt: list[int], cache=None, show=False, **changes):
     """Let the model continue a prompt -> the new ids, their text, and why it stopped:
 
     "ended"     the model drew one of speaker.ends, which is not part of the ids and the text
@@ -406,14 +404,17 @@ def print_positions(positions: list[tuple]):
 
 def draw_curves(folders: list[Path], by: str) -> Path:
     """Training loss (thin) and held-out loss (thick) of some runs, as an SVG for any browser. ->
-    its path: curves.svg in the first folder. The losses are those of the log, in nats per token (of
-    DPO: per pair). Another tokenizer makes other tokens: compare such runs in the bits per byte of
-    --eval."""
+    its path: curves.svg in the first folder. In bits per byte, which compare runs whatever their
+    tokenizers, if all runs know them; else as in the log, in nats per token (of DPO: per pair)."""
+    logs = [list(map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines()))
+            for folder in folders]
+    bits = [next((row["val_bpb"] / row["val_loss"] for row in log if row.get("val_bpb")), 0)
+            for log in logs]                # in a unit of the loss; 0: not known
     curves = []                 # title, colour, width of the line, points (x, loss)
-    for i, folder in enumerate(folders):
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    for i, (folder, log) in enumerate(zip(folders, logs)):
         for width, name, key in (1, "training", "loss"), (2, "held out", "val_loss"):
-            points = [(row[by], row[key]) for row in map(json.loads, lines) if row.get(key)]
+            points = [(row[by], row[key] * (bits[i] if all(bits) else 1))
+                      for row in log if row.get(key)]
             if points:
                 title = escape(f"{folder}: {name} {points[-1][1]:.3f}")
                 curves.append((title, f"hsl({210 + 137 * i},60%,45%)", width, points))
@@ -422,7 +423,8 @@ def draw_curves(folders: list[Path], by: str) -> Path:
     right, low, high = max(xs), min(ys), max(ys)
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-size="12" '
              'font-family="sans-serif" text-anchor="end" style="background:white">'
-             f'<text x="54" y="11">loss</text><text x="340" y="356">{by}</text>']
+             f'<text x="90" y="11">{"bits per byte" if all(bits) else "loss"}</text>'
+             f'<text x="340" y="356">{by}</text>']
     for i in range(5):          # five grid lines, and the numbers on both axes
         x, y = 60 + 130 * i, 320 - 75 * i           # y grows downwards
         parts += [f'<path d="M60 {y}H580" stroke="lightgray"/>'
