@@ -665,7 +665,8 @@ def parallel(function, value, files, verb):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     work, began, done, live = slices(files), time.monotonic(), 0, False
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)    # processes that are forked inherit this
-    pool = ProcessPoolExecutor(min(cores, 1 + total // SLICE), None, share, (function, value))
+    pool = ProcessPoolExecutor(min(cores, 61, 1 + total // SLICE),       # 61: Windows has no more
+                               None, share, (function, value))
     try:
         pool.submit(len, ())                                # the first work starts the processes
         signal.signal(signal.SIGINT, usual)

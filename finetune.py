@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import (DTYPES, GPT, all_sum, full_state, full_tensor, init_distributed, insist,
+from gpt import (DTYPES, GPT, all_sum, full_state, init_distributed, insist,
                  keep_freed_memory, learning_rate, leave, load_checkpoint, make_optimizers,
                  move_to_device, out_of_memory, pick_device, pick_dtype, read_json, restore,
                  save_checkpoint, sum_gradients)
@@ -98,7 +98,7 @@ def make_parser() -> Parser:
         "else [as many as make 4096 tokens, fewer when memory runs out]")
     add("--fsdp", action="store_true", help="shard the weights over the ranks of torchrun")
     add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
-    add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
+    add("--save_every", type=int, help="steps between saves, and every half hour [as --eval_every]")
     add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
     return parser
 
@@ -150,10 +150,10 @@ def out_folder(args, name: str) -> Path:
 
 def run(script: str, *arguments):
     """Run another script of this project, after printing the command. Its errors are its own."""
-    command = [os.path.relpath(HERE / script), *map(str, arguments)]
+    command = [str(part).removeprefix(os.getcwd() + os.sep) for part in (HERE / script, *arguments)]
     print("$ python " + shlex.join(command), flush=True)
     code = subprocess.run([sys.executable, *command]).returncode
-    if code:
+    if code and script != "sample.py":      # a finished run stays finished if it can't be shown
         leave(code)
 
 def token_files(args) -> tuple[Path, Path, Path]:
@@ -169,18 +169,18 @@ def token_files(args) -> tuple[Path, Path, Path]:
             run("data/shakespeare.py")
         insist(folder.exists(), "the plays could not be had: give --data")
         data, val = [folder / "train.jsonl"], [folder / "val.jsonl"]
-    data, val = ([Path(os.path.relpath(path)) for path in paths] for paths in (data, val))
+    data, val = ([Path(path) for path in paths] for paths in (data, val))
     if data[0].suffix == ".npz":
         insist(len(data) == len(val) == 1, "give one .npz, and another one for --val_data")
         return data[0], val[0], Path(args.model)
-    model = Path(os.path.relpath(args.model))
+    model = Path(args.model)
     insist((model / "tokenizer.json").exists(), f"there is no model with a tokenizer in {model}: "
            "train one with python train.py, or name one by --model")
     facts = [(HERE / "bpe.py").read_bytes(), (model / "tokenizer.json").read_bytes(), len(data)]
     files = [file for path in data + val for file in sorted(path.rglob("*")) or [path]]
     facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"))
+    folder = HERE / "data" / "tokens" / f"{data[0].stem}-{model.name}-{key}"
     parts = ((0, 1), (0, 1)) if val else ((0, 0.9), (0.9, 1))
     # bpe.py writes these files last: if one is there, all is complete.
     if not (folder / "generation_config.json").exists():
@@ -270,10 +270,10 @@ def pad(data: Rows, numbers):
 
 def nll(model, tokens, targets) -> torch.Tensor:
     """Negative log-likelihood of each chat's targets, summed: (B, N, L), (B, N, L) -> (B, N)."""
-    # These rows can all be shorter than the longest of the batch: cut what is padding in all.
+    # Cut what is padding in all of these rows, before they go to the GPU, which can't tell at once.
     L = int((targets != -100).flatten(0, 1).any(0).nonzero().max()) + 1
-    losses = model(tokens[..., :L].flatten(0, 1), targets[..., :L].flatten(0, 1), reduction="none")
-    return losses.sum(-1).view(tokens.shape[:2])
+    rows = (x[..., :L].flatten(0, 1).to(model.lm_head.weight.device) for x in (tokens, targets))
+    return model(*rows, reduction="none").sum(-1).view(tokens.shape[:2])
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float):
     """-> (losses, rewards of the chosen, rewards of the rejected), each (B,).
@@ -296,7 +296,7 @@ def cost(nll, reference, beta: float):
     knows how many rows the whole batch has."""
     if nll.shape[1] == 1:
         return nll.sum(), np.zeros(0)
-    losses, good, bad = dpo_loss(*(-nll).unbind(1), *reference.unbind(1), beta)
+    losses, good, bad = dpo_loss(*(-nll).unbind(1), *reference.to(nll.device).unbind(1), beta)
     logged = torch.stack([good, bad, good - bad, (good > bad).to(good.dtype)])
     return losses.sum(), logged.sum(1).cpu().numpy()
 
@@ -304,7 +304,6 @@ def cost(nll, reference, beta: float):
 def log_probabilities(model, data: Rows, numbers, micro_batch, rank, world_size, autocast):
     """Of the targets of each chat of these rows, summed: (len(numbers), N) in fp64. A collective:
     each rank computes its share."""
-    device = next(model.parameters()).device
     order = np.argsort(-data.lengths[numbers], kind="stable")
     # Under FSDP a forward pass is a collective: all ranks must make the same number of them. So
     # some take a row that another has, too, and what they find is dropped at the end.
@@ -313,7 +312,7 @@ def log_probabilities(model, data: Rows, numbers, micro_batch, rank, world_size,
     for piece in torch.from_numpy(places[rank::world_size]).split(micro_batch):
         tokens, targets = pad(data, numbers[order[piece.numpy() % len(order)]])
         with autocast():
-            logps[piece] = -nll(model, tokens.to(device), targets.to(device)).cpu().double()
+            logps[piece] = -nll(model, tokens, targets).cpu().double()
     return all_sum(logps)[np.argsort(order)]        # from the order of lengths to that of numbers
 
 def evaluate(model, data: Rows, beta: float, at_most: int, *how) -> dict:
@@ -451,7 +450,7 @@ def finetune(argv=None) -> int:
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     row_tokens = train_data.spans.shape[1] * train_data.lengths.mean()
     micro_batch = min(rows // world_size, args.micro_batch or max(1, int(4096 / row_tokens)))
-    args.dtype = pick_dtype(device, args.dtype)
+    args.dtype = args.dtype or pick_dtype(device)
     sharded = args.fsdp and world_size > 1
     model = move_to_device(model, device, args.dtype, sharded)
     # Under autocast torch computes matrix products in the short type, and what needs range or
@@ -493,7 +492,6 @@ def finetune(argv=None) -> int:
             scaler.load_state_dict(saved["scaler"])
         done = saved["done"]
     args.eval_every = args.eval_every or math.ceil(args.max_steps / 10)
-    args.save_every = args.save_every or args.eval_every
     if rank == 0:       # the only one that writes
         out.mkdir(parents=True, exist_ok=True)
         for left_over in out.rglob("*.part"):       # of a process that was killed while it wrote
@@ -532,7 +530,7 @@ def finetune(argv=None) -> int:
             torch.manual_seed(int(dropout_seed[0]))
             try:
                 for i in range(0, rows // world_size, micro_batch):
-                    piece = [x[i:i + micro_batch].to(device) for x in mine]
+                    piece = [x[i:i + micro_batch] for x in mine]
                     # Matrix products in bf16 or fp16, but weights, gradients and losses in fp32.
                     with autocast():
                         part, logged = cost(nll(model, *piece[:2]), piece[2], args.beta)
@@ -562,7 +560,7 @@ def finetune(argv=None) -> int:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        grad_norm = full_tensor(norm).item()
+        grad_norm = (norm.full_tensor() if sharded else norm).item()
         # Update, unless the gradient holds inf or nan: one such step would ruin the weights. All
         # ranks see the same norm, so all skip the step or none does. The learning rate is set by
         # hand, because it is a function of the step; a scheduler would be one more state to save.
@@ -574,17 +572,18 @@ def finetune(argv=None) -> int:
             scaler.step(optimizer)
         scaler.update()
         model.zero_grad()
-        # One message: the loss of the whole batch, and whether any rank was asked to stop. All must
-        # stop after the same step, because a rank that continues would wait for the others forever.
-        loss, stopping, *sums = all_sum([float(loss), len(signals), *sums]).tolist()
+        # One message: the loss of the whole batch; was any rank asked to stop; is another half hour
+        # over for rank 0? All must stop after the same step, or one that goes on waits forever.
+        now = time.perf_counter()
+        late = rank == 0 and (now - started) // 1800 > done["seconds"] // 1800
+        loss, stopping, late, *sums = all_sum([float(loss), len(signals), late, *sums]).tolist()
 
         # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. The step in
         # which a signal came is saved, so that nothing is lost.
-        now = time.perf_counter()
         done |= {"steps": step + 1, "tokens": done["tokens"] + learned, "seconds": now - started}
         last = step + 1 == args.max_steps
         evaluating = last or (step + 1) % args.eval_every == 0
-        saving = last or stopping or (step + 1) % args.save_every == 0
+        saving = last or stopping or late or (step + 1) % (args.save_every or args.eval_every) == 0
         logging = evaluating or (step + 1) % args.log_every == 0
         row = {"step": step + 1, "tokens": done["tokens"], "seconds": round(done["seconds"], 3),
                "loss": loss, "lr": lr, "grad_norm": grad_norm, **dict(zip(LOGGED, sums))}
@@ -652,12 +651,13 @@ def finetune(argv=None) -> int:
             state, since, since_tokens = None, time.perf_counter(), done["tokens"]
 
     # ---- 6. What came out of it.
+    torch.cuda.empty_cache()        # sample.py may need it; without a GPU this does nothing
     if rank == 0:
         run("sample.py", "--curves", out)
         if args.data is None:       # does it reply, and how often does it say thou, and you?
-            run("sample.py", os.path.relpath(args.model), out, "--count",
+            run("sample.py", args.model, out, "--count",
                 "(?i)th(ou|ee|y|ine|yself)", "(?i)ye|you(r|rs|rself|rselves)?",
-                "--eval", os.path.relpath(HERE / "data" / "shakespeare" / "chat" / "val.jsonl"))
+                "--eval", HERE / "data" / "shakespeare" / "chat" / "val.jsonl")
         print(f"\nNow you:  python sample.py {shlex.quote(str(out))} --chat")
     return 0
 

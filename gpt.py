@@ -127,6 +127,9 @@ def attend(q, k, v):
     mask = None             # rarely needed: is_causal does it for T = S; T = 1 sees all
     if 1 < T < S:           # position t of the last T sees the first S - T + t + 1
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if not q.is_cpu and (mask is not None or q.dtype != torch.bfloat16):
+        # Here a GPU's fast kernels can't share heads, and the slow one stores all scores (T x S).
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -222,7 +225,7 @@ class GPT(nn.Module):
         # This is F.cross_entropy(..., reduction="none", ignore_index=-100), in less memory.
         losses = TokenLoss.apply(logits.flatten(0, 1), targets.flatten())       # (B T,)
         if reduction == "none":
-            return losses.unflatten(0, targets.shape)
+            return losses.unflatten(0, targets.shape).clone()       # FSDP warns of views
         return losses.sum() / (targets != -100).sum().clamp(min=1)
 
     def hidden(self, tokens, start: int = 0, attends=None):
@@ -311,8 +314,7 @@ def generate(model, tokens, max_new_tokens: int, temperature: float = 1.0, top_k
             return
         tokens = torch.cat([tokens, ids[:, None]], dim=1)
 
-def sample_next_token(logits, temperature: float, top_k: int | None, top_p: float, min_p: float,
-                      random):
+def sample_next_token(logits, temperature, top_k, top_p, min_p, random):
     """Draw one token per row: logits (B, V) -> ids (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -366,11 +368,11 @@ GPT.generate = generate
 class TokenLoss(torch.autograd.Function):
     """Cross-entropy: logits (N, V), targets (N,) -> (N,) nats. The backward pass writes the
     gradient over the logits. So the largest tensor of a step exists once, not three times: 15 %
-    less memory in train.py's first run. It computes in fp32, because in bf16 a sum over V
-    probabilities would lose the small ones; a few rows at a time, so that copies stay small."""
+    less memory in train.py's first run. It computes in fp32, because in bf16 a sum over V terms
+    would lose the small ones; in pieces that fit a CPU's cache. GPUs prefer few large ones."""
     @staticmethod
     def forward(ctx, logits, targets):
-        ctx.rows = max(1, 2**22 // logits.shape[1])
+        ctx.rows = max(1, 2**(22 if logits.is_cpu else 27) // logits.shape[1])
         wide = torch.promote_types(logits.dtype, torch.float32)
         losses = torch.cat([
             F.cross_entropy(rows.to(wide), ids, reduction="none", ignore_index=-100)
@@ -626,7 +628,9 @@ def read_safetensors(path) -> dict:
     it is damaged; OSError if it can't be read."""
     try:
         with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Windows can't replace a file that is mapped, and an open chat would block all saves.
+            data = (bytearray(file.read()) if sys.platform == "win32" else
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
@@ -712,11 +716,13 @@ GPT.save_pretrained, GPT.from_pretrained = save_pretrained, classmethod(from_pre
 def pick_device(name: str | None = None) -> torch.device:
     """The device that was asked for, or the fastest one of this machine. ValueError if there is no
     such device. Under torchrun each process of a machine gets a GPU of its own."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    here, name = [*here, "cpu"], name or [*here, "cpu"][0]
+    mps = torch.backends.mps.is_available() and "RANK" not in os.environ     # gloo can't
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+    name, number = name or here[0], int(os.environ.get("LOCAL_RANK", 0))
     insist(name in here, f"device {name!r} is not available here; there is: {', '.join(here)}")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        insist(number < torch.cuda.device_count(), "more ranks than GPUs: a lower --nproc_per_node")
+        torch.cuda.set_device(number)
     return torch.device(name)
 
 def keep_freed_memory():
@@ -730,16 +736,15 @@ def keep_freed_memory():
             mallopt(option, value)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-def pick_dtype(device: torch.device, name: str | None = None) -> str:
-    """Which of DTYPES to compute in: the one that was asked for, or the fastest safe one.
+def pick_dtype(device: torch.device) -> str:
+    """The fastest safe one of DTYPES to compute in; all ranks choose the same. A collective.
     Weights stay in fp32. bf16 has the range of fp32 with 8 bits of precision. That is enough for
     matrix products, and twice to ten times as fast where the hardware supports it. fp16 has a
     smaller range, so that the loss must be scaled up (GradScaler in the loop). It is for GPUs that
     have no bf16."""
-    if name:
-        return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        votes = all_sum(torch.cuda.is_bf16_supported(including_emulation=False))
+        return "bf16" if votes == world_size() else "fp16"
     if device.type == "mps":
         return "fp32"
     # Some CPUs have slow bf16 units or only emulate them, and do not say so. Therefore measure.
@@ -747,7 +752,7 @@ def pick_dtype(device: torch.device, name: str | None = None) -> str:
     for name in "fp32", "bf16":
         a = torch.ones(1024, 1024, dtype=DTYPES[name])
         seconds[name] = min(timeit.repeat(lambda: a @ a, number=1, repeat=9))
-    votes = all_sum(seconds["bf16"] < seconds["fp32"])              # all ranks choose the same
+    votes = all_sum(seconds["bf16"] < seconds["fp32"])
     return "bf16" if 2 * votes > world_size() else "fp32"
 
 # ---------------------------------------------------------------- training tools: many processes
@@ -786,8 +791,8 @@ def move_to_device(model, device: torch.device, dtype: str, sharded: bool):
     if not sharded:
         return model.to(device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    # Layers compute in the short type, gradients are summed in the type of the weights, fp32.
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == "fp32" else DTYPES[dtype],
+    # Weights are sent in bf16, gradients in fp32. (With fp16 the residual stream would be fp16.)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if dtype == "bf16" else None,
                                   reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False)
     # Without a mesh fully_shard would take the GPUs of this machine, also when --device is cpu.
     mesh = dist.init_device_mesh(device.type, (world_size(),))
@@ -809,15 +814,10 @@ def sum_gradients(model, sharded: bool):
         for handle in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
             handle.wait()
 
-def full_tensor(tensor) -> torch.Tensor:
-    """The full tensor behind a shard. A collective, like all_sum."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
 def leave(code: int):
-    """End this process. Under torchrun, Python's own clean-up at exit must not run. A thread of
-    torch's gloo backend can still hold the last tensor that it sent. If it drops this tensor while
-    the interpreter shuts down, the process aborts ("terminate called without an active exception"),
-    and torchrun reports a finished run as failed. os._exit ends all threads at once."""
+    """End this process. Under torchrun by os._exit, which ends all threads at once. If a thread of
+    gloo drops the last tensor that it sent while the interpreter shuts down, the process aborts,
+    and torchrun reports a finished run as failed."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -845,8 +845,7 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
                           weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
-def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int,
-                  schedule: str = "cosine") -> float:
+def learning_rate(step, peak, warmup_steps, max_steps, schedule="cosine") -> float:
     """Linear warm-up to `peak`. Then half a cosine down to 0 ("cosine"); or `peak` until the last
     fifth of the run, and a straight line down to 0 ("wsd": warm-up, stable, decay). Warm-up,
     because AdamW's first averages rest on few gradients. Decay, because small steps near the end
@@ -862,7 +861,7 @@ def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int,
 
 def out_of_memory(error: Exception) -> bool:
     """Does this error say that memory ran out? torch has a class for that only on GPUs."""
-    messages = ("out of memory", "allocate memory", "enough memory", "could not create a primitive")
+    messages = "out of memory", "DefaultCPUAllocator", "not create a primitive", "ALLOC_FAILED"
     return isinstance(error, MemoryError) or any(text in str(error) for text in messages)
 
 # ---------------------------------------------------------------- training tools: a checkpoint
@@ -872,6 +871,7 @@ def full_state(model, optimizers) -> dict:
     """Copies of all weights and optimizer states, by the names of the weights: full tensors on the
     CPU of rank 0, nothing on other ranks. A collective."""
     weights, optimizer = full_states.get_state_dict(model, optimizers, options=FULL)
+    all_sum([0])    # a GPU sends later than it is told to: no rank may end before rank 0 has all
     return {"model": weights, "optimizer": optimizer}
 
 def save_checkpoint(path, state: dict, **notes):

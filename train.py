@@ -53,7 +53,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt import (DTYPES, GPT, GPTConfig, all_sum, full_state, full_tensor, init_distributed, insist,
+from gpt import (DTYPES, GPT, GPTConfig, all_sum, full_state, init_distributed, insist,
                  keep_freed_memory, learning_rate, leave, load_checkpoint, make_optimizers,
                  move_to_device, out_of_memory, pick_device, pick_dtype, read_json, restore,
                  save_checkpoint, sum_gradients)
@@ -106,7 +106,7 @@ def make_parser() -> Parser:
     add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile [on a GPU]")
     add("--fsdp", action="store_true", help="shard the weights over the ranks of torchrun")
     add("--eval_every", type=int, help="steps between evaluations [a tenth of the run]")
-    add("--save_every", type=int, help="steps between checkpoints [as --eval_every]")
+    add("--save_every", type=int, help="steps between saves, and every half hour [as --eval_every]")
     add("--log_every", type=int, default=10, help="steps between log lines [%(default)s]")
     return parser
 
@@ -157,10 +157,10 @@ def out_folder(args, name: str) -> Path:
 
 def run(script: str, *arguments):
     """Run another script of this project, after printing the command. Its errors are its own."""
-    command = [os.path.relpath(HERE / script), *map(str, arguments)]
+    command = [str(part).removeprefix(os.getcwd() + os.sep) for part in (HERE / script, *arguments)]
     print("$ python " + shlex.join(command), flush=True)
     code = subprocess.run([sys.executable, *command]).returncode
-    if code:
+    if code and script != "sample.py":      # a finished run stays finished if it can't be shown
         leave(code)
 
 def token_files(args) -> tuple[list[Path], list[Path]]:
@@ -175,20 +175,20 @@ def token_files(args) -> tuple[list[Path], list[Path]]:
             run("data/shakespeare.py")
         folder = folders[0] if folders[0].exists() else folders[1]
         data, val = [folder / "train"], [folder / "val"]
-    data, val = ([Path(os.path.relpath(path)) for path in paths] for paths in (data, val))
+    data, val = ([Path(path) for path in paths] for paths in (data, val))
     endings = {path.suffix for path in data + val}
     if ".npy" in endings:
         insist(endings == {".npy"}, "give text, or .npy files (then also for --val_data); not both")
         return data, val
 
-    model = Path(os.path.relpath(args.model)) if args.model else None
+    model = Path(args.model) if args.model else None
     vocabulary = (model / "tokenizer.json").read_bytes() if model else args.vocab_size
     facts = [(HERE / "bpe.py").read_bytes(), vocabulary, len(data)]
     files = [file for path in data + val for file in sorted(path.rglob("*")) or [path]]
     facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     made_for = model.name if model else args.vocab_size
-    folder = Path(os.path.relpath(HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"))
+    folder = HERE / "data" / "tokens" / f"{data[0].stem}-{made_for}-{key}"
     parts = ((0, 1), (0, 1)) if val else ((0, 0.9), (0.9, 1))
     # bpe.py writes these files last: if one is there, all is complete.
     if not model and not (folder / "tokenizer.json").exists():
@@ -234,10 +234,10 @@ def batch(data: np.ndarray, step: int, rows: int, T: int, seed: int):
     The text is cut into windows of T tokens. An epoch takes each window once, in its own order,
     and cuts from its own offset, so that the model meets new beginnings."""
     n = max(1, len(data) // T - 1)          # one less than fit: room for the offset
-    starts = []
-    for epoch, i in (divmod(row, n) for row in range(step * rows, (step + 1) * rows)):
-        cut = np.random.RandomState([seed, epoch]).randint(min(T, len(data) - n * T))
-        starts.append(cut + T * epoch_order(n, seed, epoch)[i])
+    places = [divmod(row, n) for row in range(step * rows, (step + 1) * rows)]
+    cuts = {epoch: np.random.RandomState([seed, epoch]).randint(min(T, len(data) - n * T))
+            for epoch in {epoch for epoch, _ in places}}
+    starts = [cuts[epoch] + T * epoch_order(n, seed, epoch)[i] for epoch, i in places]
     # T + 1 ids give T tokens and T targets: the target at each position is the token after it.
     ids = torch.from_numpy(np.stack([data[start:start + T + 1] for start in starts]).astype(int))
     return ids[:, :-1], ids[:, 1:]
@@ -367,7 +367,7 @@ def train(argv=None) -> int:
     insist(args.batch_tokens % unit == 0, f"--batch_tokens {args.batch_tokens} must be a multiple "
            f"of {unit}, which is --block_size {T} times {world_size} rank(s)")
     micro_batch = min(rows // world_size, args.micro_batch or max(1, 16384 // T))
-    args.dtype = pick_dtype(device, args.dtype)
+    args.dtype = args.dtype or pick_dtype(device)
     sharded = args.fsdp and world_size > 1
     model = move_to_device(model, device, args.dtype, sharded)
     # Under autocast torch computes matrix products in the short type, and what needs range or
@@ -412,7 +412,6 @@ def train(argv=None) -> int:
             scaler.load_state_dict(saved["scaler"])
         done = saved["done"]
     args.eval_every = args.eval_every or math.ceil(args.max_steps / 10)
-    args.save_every = args.save_every or args.eval_every
     if rank == 0:       # the only one that writes
         out.mkdir(parents=True, exist_ok=True)
         for left_over in out.rglob("*.part"):       # of a process that was killed while it wrote
@@ -437,7 +436,7 @@ def train(argv=None) -> int:
         # and takes its own rows; it need not ask the others how many targets they have.
         tokens, targets = batch(train_data, step, rows, T, args.seed)           # (rows, T) each
         count = (targets != -100).sum().item()          # target tokens, of all ranks together
-        mine = [x[rank::world_size] for x in (tokens, targets)]
+        mine = [x[rank::world_size].to(device) for x in (tokens, targets)]
         # Dropout follows from the step, too, but no two ranks should drop the same units.
         dropout_seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)
 
@@ -450,7 +449,7 @@ def train(argv=None) -> int:
             torch.manual_seed(int(dropout_seed[0]))
             try:
                 for i in range(0, rows // world_size, micro_batch):
-                    piece = [x[i:i + micro_batch].to(device) for x in mine]
+                    piece = [x[i:i + micro_batch] for x in mine]
                     # Matrix products in bf16 or fp16, but weights, gradients and losses in fp32.
                     with autocast():
                         part = forward(*piece, reduction="none").sum()
@@ -479,7 +478,7 @@ def train(argv=None) -> int:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        grad_norm = full_tensor(norm).item()
+        grad_norm = (norm.full_tensor() if sharded else norm).item()
         # Update, unless the gradient holds inf or nan: one such step would ruin the weights. All
         # ranks see the same norm, so all skip the step or none does. The learning rate is set by
         # hand, because it is a function of the step; a scheduler would be one more state to save.
@@ -491,17 +490,18 @@ def train(argv=None) -> int:
             scaler.step(optimizer)
         scaler.update()
         model.zero_grad()
-        # One message: the loss of the whole batch, and whether any rank was asked to stop. All must
-        # stop after the same step, because a rank that continues would wait for the others forever.
-        loss, stopping = all_sum([float(loss), len(signals)]).tolist()
+        # One message: the loss of the whole batch; was any rank asked to stop; is another half hour
+        # over for rank 0? All must stop after the same step, or one that goes on waits forever.
+        now = time.perf_counter()
+        late = rank == 0 and (now - started) // 1800 > done["seconds"] // 1800
+        loss, stopping, late = all_sum([float(loss), len(signals), late]).tolist()
 
         # ---- Once in a while: log, evaluate, save, stop. The last step does all of it. The step in
         # which a signal came is saved, so that nothing is lost.
-        now = time.perf_counter()
         done |= {"steps": step + 1, "tokens": done["tokens"] + count, "seconds": now - started}
         last = step + 1 == args.max_steps
         evaluating = last or (step + 1) % args.eval_every == 0
-        saving = last or stopping or (step + 1) % args.save_every == 0
+        saving = last or stopping or late or (step + 1) % (args.save_every or args.eval_every) == 0
         logging = evaluating or (step + 1) % args.log_every == 0
         row = {"step": step + 1, "tokens": done["tokens"], "seconds": round(done["seconds"], 3),
                "loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -572,6 +572,7 @@ def train(argv=None) -> int:
             state, since, since_tokens = None, time.perf_counter(), done["tokens"]
 
     # ---- 6. What came out of it.
+    torch.cuda.empty_cache()        # sample.py may need it; without a GPU this does nothing
     if rank == 0:
         run("sample.py", "--curves", out)
         if tokenizer:
