@@ -15,7 +15,7 @@ r"""Byte-pair encoding: text becomes a list of small integers, all that a langua
 Learning starts with the 256 bytes as tokens. It joins the two neighbours that occur most often in a
 text into a new token, again and again, until the vocabulary has the size that was asked for. To
 encode a text, the same joins are made in the same order. As every text is a row of bytes, every
-text can be encoded, and decoding returns its bytes.
+text can be encoded, and decoding returns its bytes. (Exceptions: see nfc, byte_ids and split().)
 
 Terms. *Token*: a string of bytes; its number is its *id*. *Merge*: the rule that joins two tokens
 into a third; its *rank* says how early it was learned, and lower ranks are applied first. *Chunk*:
@@ -97,9 +97,9 @@ PATTERNS = {
     "smollm2": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?![^\s\p{N}])|\s+")}
 
-# Letters (L), numbers (N) and marks (M) are those of Unicode 16, as in tiktoken and tokenizers,
-# whatever version this Python has. Listed are the categories that changed after Unicode 14, which
-# Python 3.11 has. Cn, "not assigned", undoes Unicode 17, which Python 3.15 has.
+# (At a first reading, go on at split().) Letters (L), numbers (N) and marks (M) are those of
+# Unicode 16 on every Python, as in tiktoken and tokenizers. Listed is what changed after Unicode
+# 14, which Python 3.11 has. Cn, "not assigned", undoes Unicode 17, which Python 3.15 has.
 # (Source: unicode.org/Public, UnicodeData.txt.)
 NEWER = {
     "Lu": "1C89 A7CB-A7CC A7DA A7DC 10D50-10D65",
@@ -128,8 +128,8 @@ def category(char: str) -> str:
 def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
     r"""Python's re has no \p{L}, so list the letters, up to U+FFFF: {"L": "A-Za-zªµº...", ...}
 
-    Up to U+FFFF re looks in a table; above, it would try hundreds of ranges. So split() replaces
-    such a character by the last one of its category up to U+FFFF: {"Lu": "Ｚ", ...}.
+    re looks up characters to U+FFFF in a table, but tries hundreds of ranges for one above. So
+    split() replaces such a character by the last one of its category below: {"Lu": "Ｚ", ...}.
     White space is spelled out: Python's \s has U+001C to U+001F, which no other library has.
     """
     members = defaultdict(set)
@@ -148,7 +148,7 @@ def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
 @functools.cache
 def compile_pattern(pattern: str) -> re.Pattern:
     r"""The pattern with \p{..} and \s written as ranges. ValueError unless it is one of PATTERNS:
-    others can mean something else to re, take exponential time, or match where pieces() cuts."""
+    others can mean something else to re, take exponential time, or match across a CUT (below)."""
     if pattern not in PATTERNS.values():
         raise ValueError(f"the split pattern {pattern[:200]!r} is not in PATTERNS of bpe.py; if it "
                          "covers any text and has an edge wherever pieces() cuts, add it")
@@ -166,23 +166,21 @@ def compile_pattern(pattern: str) -> re.Pattern:
 def split(text: str, pattern: str) -> list[str]:
     r""""To be!\n" -> ["To", " be", "!\n"]"""
     find_chunks = compile_pattern(pattern).findall
-    if text.isascii():
-        return find_chunks(text)
     units = text.encode("utf-16-le", "surrogatepass")        # a character above U+FFFF is two
     text = units.decode("utf-16-le", "replace")              # half a pair is no character: U+FFFD
-    if len(units) == 2 * len(text):
+    if len(units) == 2 * len(text):                          # none is above
         return find_chunks(text)
     low = re.sub("[^\0-\uffff]", lambda found: unicode_classes()[1][category(found[0])], text)
     ends = itertools.accumulate(map(len, find_chunks(low)), initial=0)
     return [text[begin:end] for begin, end in itertools.pairwise(ends)]
 
-# Texts of any size are worked on in pieces, cut where each pattern has an edge anyway, whatever
-# follows: between a letter or digit and white space, or after a line end between a visible
-# character and a letter or digit.
+# Long texts are worked on in pieces, cut only where every pattern has an edge anyway: after a
+# letter or digit that white space follows, or after a line end between a visible character and a
+# letter or digit.
 CUT = re.compile(r"[^\W_](?=\s)|\S\n(?=[^\W_])")
 
 def pieces(blocks, size=1 << 16, cut_at=CUT):
-    """Blocks of a text, cut anywhere -> pieces, of about size, that split() may take one by one."""
+    """Blocks of a text, cut anywhere -> pieces of at least size, for split() one by one."""
     text, at = "", size
     for block in blocks:
         text, begin = text + block, 0
@@ -191,7 +189,7 @@ def pieces(blocks, size=1 << 16, cut_at=CUT):
             begin = cut.end()
             at = begin + size
         text = text[begin:]
-        at = max(size, len(text) - 2)         # searched, but a CUT may span two blocks
+        at = max(size, len(text) - 2)         # all before is searched; a CUT needs 3 characters
     if text:
         yield text
 
@@ -236,7 +234,7 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- encoding and decoding
 
 def merge(ids: list[int], merges: dict[tuple[int, int], tuple[int, int]]) -> list[int]:
-    """Encoding itself. Merge the pair of lowest rank, the leftmost of equals, until none has one.
+    """Encoding itself. Merge the pair of lowest rank, the leftmost of equals; repeat.
 
     merges: {pair of ids: (rank, id of the token that it makes)}
     [97, 97, 97, 98] with {(97, 97): (0, 256), (256, 97): (1, 257)} -> [257, 98]: "aaab" becomes
@@ -285,8 +283,8 @@ class Tokenizer:
         merges = learn_fast(counts, max(0, vocab_size - fixed))
         if vocab_size != fixed + len(merges):
             raise ValueError(f"vocab_size {vocab_size}: 256 bytes and {len(special_tokens)} special"
-                             f" tokens need {fixed}, and there is too little text for more than "
-                             f"{fixed + len(merges)}; ask for that or less, or add text")
+                             f" tokens need {fixed}, and for the rest the text gave {len(merges)} "
+                             "merges: ask for the sum or less")
         vocab = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
             vocab.append(vocab[a] + vocab[b])
@@ -341,7 +339,7 @@ class Tokenizer:
         return found
 
     def decode_bytes(self, ids) -> bytes:
-        """Exactly the bytes that were encoded, valid UTF-8 or not."""
+        """The bytes of these ids, valid UTF-8 or not."""
         ids = list(ids)
         for i in ids:
             if not 0 <= i < len(self) or self.vocab[i] is None:
@@ -349,7 +347,7 @@ class Tokenizer:
         return b"".join([self.vocab[i] for i in ids])
 
     def decode(self, ids) -> str:
-        """What a model makes up need not be valid UTF-8: the rest of it becomes U+FFFD."""
+        """What a model makes up need not be valid UTF-8. What is not becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @classmethod
@@ -410,7 +408,7 @@ def tokenizer_file(path) -> Path:
 def read_tokenizer_json(content):
     """-> the arguments of Tokenizer(); a ValueError names what is there but not implemented.
 
-    Entries that are not read here do not change the ids of a text. "decoder" is for decoding; what
+    Entries that are not read here do not change a text's own ids. "decoder" is for decoding; what
     "post_processor" puts around the ids (a <|begin_of_text|>, say), "truncation" and "padding" are
     left to the caller.
     """
@@ -455,7 +453,7 @@ def read_tokenizer_json(content):
         if spelling not in special and not BYTE_OF_CHAR.keys() >= set(map(ord, spelling)):
             raise ValueError(f"the token {spelling!r} (id {i}) is not in GPT-2's byte alphabet")
         vocab[i] = spelling.encode() if spelling in special else unspell(spelling)
-    if not ids.keys() >= set(map(chr, BYTE_OF_CHAR)):        # such bytes are dropped: Tokenizer
+    if not ids.keys() >= set(map(chr, BYTE_OF_CHAR)):        # Tokenizer drops such bytes
         insist("not all bytes have a token; model", model, unk_token=[None])
     merges = {}
     for rank, pair in enumerate(model["merges"]):
@@ -500,9 +498,9 @@ CHAT_TEMPLATE = (
 def encode_chat(tokenizer, messages, first_trained=0, reply=False):
     """[{"role": "user", "content": "Hi"}, ...] -> ids, mask. mask is 1 for tokens to learn: what
     the assistant says and the <|im_end|> by which it stops, from message number first_trained on,
-    except in messages of "weight" 0. With reply the assistant's next turn is opened: a prompt.
-    Roles and contents are encoded apart, since a prompt has the role alone. (transformers joins
-    them: where a content begins with blanks its ids can differ.) Contents are only text.
+    except in messages of "weight" 0. Contents are only text. reply opens the assistant's next turn:
+    a prompt. It ends with a role, so roles and contents are encoded apart. (transformers joins
+    them: where a content begins with blanks, its ids can differ.)
     """
     if not tokenizer.special_tokens.keys() >= {*CHAT_TOKENS}:
         raise ValueError(f"this tokenizer has no {' and '.join(CHAT_TOKENS)}: see bpe.py chat")
@@ -528,7 +526,7 @@ def messages(value, role) -> list[dict]:
     chat = [{"role": role, "content": value}] if isinstance(value, str) else value
     for message in chat if chat and isinstance(chat, list) else [None]:
         if not (isinstance(message, dict) and isinstance(message.get("content"), str)
-                and message.get("role") in ROLES and message.get("weight", 1) in (0, 1)):
+                and message.get("role") in ROLES and message.get("weight") in (None, 0, 1)):
             raise ValueError(f'a chat must be a list of {{"role": {"|".join(ROLES)}, "content": '
                              f'string}}, a "weight" 0 or 1, but there is {message!r:.100}')
         if message["role"] == "assistant" and not message["content"].strip():
@@ -540,8 +538,8 @@ def conversations(row):
     {"messages"}: learn all that the assistant says. {"prompt", "completion"} or {"prompt",
     "chosen", "rejected"}, each a string or a list of messages: learn what comes after the prompt.
     """
-    if isinstance(row, dict) and "chosen" in row:           # many sets of pairs hold the chosen
-        row = {key: row[key] for key in row if key != "messages"}        # chat as "messages", too
+    if isinstance(row, dict) and "chosen" in row:   # such sets can repeat the chosen as "messages"
+        row = {key: row[key] for key in row if key != "messages"}
     kinds = [names for names in (("text",), ("messages",), ("prompt", "completion"),
                                  ("prompt", "chosen", "rejected"))
              if isinstance(row, dict) and row.keys() >= {*names}]
@@ -559,7 +557,7 @@ def conversations(row):
 
 # ---------------------------------------------------------------- texts of any size, on all cores
 
-SLICE = 1 << 20         # bytes of a file, about: the work that a process is given at a time
+SLICE = 1 << 20         # characters of a file: the work that a process is given at a time
 
 def find_files(names, part=(0, 1)) -> list[tuple[str, int, int]]:
     """Files, or folders with .txt and .jsonl files -> (path, first byte, end) of each. part cuts by
@@ -577,9 +575,9 @@ def find_files(names, part=(0, 1)) -> list[tuple[str, int, int]]:
             for path, begin, end in zip(paths, ends, ends[1:]) if begin < high and low < end]
 
 def slices(files):
-    """-> (path, first byte, whether a document begins here, text), each about SLICE long."""
+    """-> (path, first byte, does a document or the part begin here?, text), each of about SLICE"""
     def edge(stream, at):
-        """Where the next character (.jsonl: line) begins. Both parts move a cut there alike."""
+        """Where the next character (.jsonl: line) begins. The parts on both sides agree on it."""
         stream.seek(max(0, at - 1))
         if at and stream.name.endswith(".jsonl"):
             return at - 1 + len(stream.readline())
@@ -622,7 +620,7 @@ def count_slice(piece, pattern):
                                             for chat, _ in row for message in chat])), pattern)
 
 def encode_slice(piece, tokenizer):
-    """The work for encode: a slice -> counts; ids, mask, lengths of chats"""
+    """The work of one process for encode: a slice -> counts, ids, mask, length of each chat"""
     numbers, ids, mask, lengths, texts = Counter(), [[]], [], [], []
     for begins, row in read_rows(*piece):
         if isinstance(row, str):
@@ -643,12 +641,12 @@ def encode_slice(piece, tokenizer):
     ids = np.concatenate([np.asarray(some, tokenizer.dtype) for some in ids])
     numbers["tokens"], raw = len(ids), "".join(texts).encode("utf-8", "surrogatepass")
     numbers["bytes"] = len(raw)
-    if piece[1] < SLICE:                      # what gzip needs for the first MB, to compare with
+    if piece[2] and raw:                      # what gzip needs for the first MB, to compare with
         numbers.update(gzip_in=len(raw), gzip_out=len(zlib.compress(raw)))
     return numbers, ids, np.array(mask, np.uint8), np.array(lengths, np.int64)
 
 def share(*values):
-    """Starts a process: keep what all slices need; leave Ctrl-C to the parent."""
+    """Begins a process: keeps what all slices need, and leaves Ctrl-C to the parent."""
     global shared
     shared = values
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -660,13 +658,12 @@ def work_on(piece):
 
 def parallel(function, value, files, verb):
     """function(slice, value) for every slice of the files, in order, on all cores, with one live
-    line on stderr if it takes a while; only a few slices are in memory."""
+    line on stderr if it takes a while; only a few slices are in memory. 61: Windows has no more."""
     total = sum(end - begin for _, begin, end in files)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     work, began, done, live = slices(files), time.monotonic(), 0, False
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)    # processes that are forked inherit this
-    pool = ProcessPoolExecutor(min(cores, 61, 1 + total // SLICE),       # 61: Windows has no more
-                               None, share, (function, value))
+    pool = ProcessPoolExecutor(min(cores, 61, 1 + total // SLICE), None, share, (function, value))
     try:
         pool.submit(len, ())                                # the first work starts the processes
         signal.signal(signal.SIGINT, usual)
@@ -724,7 +721,7 @@ def encode_command(args):
             if args.out.endswith(".npy"):
                 file.write(arrays[0])
             else:
-                parts.append(arrays)          # chats wait in memory: 5 bytes a token at most
+                parts.append(arrays)          # chats wait in memory: 10 bytes a token
         if not numbers["tokens"]:
             raise ValueError(f"{' '.join(args.files)}: there is no text in it")
         file.seek(0)
@@ -752,11 +749,13 @@ def chat_command(args):
     for name in CHAT_TOKENS:
         if name not in ids:
             ids[name] = 1 + max([*tokenizer["model"]["vocab"].values(), *ids.values()])
+            tokenizer["model"]["vocab"][name] = ids[name]   # or tokenizers would choose an id
             added.append({"id": ids[name], "content": name, "special": True} | AS_IT_IS)
     start, end = (ids[name] for name in CHAT_TOKENS)
     config |= {"chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]}
-    ends = generation.get("eos_token_id", [])               # an id, or a list of them
-    generation["eos_token_id"] = sorted({*(ends if isinstance(ends, list) else [ends]), end})
+    ends = generation.get("eos_token_id")                   # an id, a list of them, or None
+    ends = ends if isinstance(ends, list) else [ends]
+    generation["eos_token_id"] = sorted({*ends, end} - {None})
     for name, content in zip(FILES, (tokenizer, config, generation)):
         write_json(Path(args.out, name), content)
     print(f"{args.out}: a reply begins after {CHAT_TOKENS[0]} ({start}) and ends with "
@@ -809,6 +808,7 @@ def main(argv=None) -> int:
             command.add_argument(argument, **ARGUMENTS[argument])
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")    # a terminal that is not UTF-8 gets question marks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # or parallel() could not clean up
     try:
         args = parser.parse_args(argv)
         args.function(args)
@@ -816,7 +816,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\nbpe.py: interrupted; no file is half written", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, OverflowError, RecursionError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         return 2
 
@@ -836,8 +836,7 @@ def merge_fast(ids: list[int], merges: dict) -> list[int]:
     after = [*range(1, len(tokens)), 0]
     before = [-1, *range(len(ids))]
     merge_at = [merges.get(pair) for pair in itertools.pairwise(tokens)] + [None]
-    heap = [(merge, i) for i, merge in enumerate(merge_at) if merge]
-    heapq.heapify(heap)
+    heap = sorted((merge, i) for i, merge in enumerate(merge_at) if merge)  # such a list is a heap
     while heap:
         merge, i = heapq.heappop(heap)
         if merge_at[i] != merge:                            # one of the two has merged meanwhile
@@ -853,7 +852,7 @@ def merge_fast(ids: list[int], merges: dict) -> list[int]:
     return [token for token in tokens if token is not None]
 
 def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """learn() in a third of a second for 5 MB, where it takes minutes. Two ideas:
+    """learn(), for 5 MB in a third of a second instead of minutes. Two ideas:
 
     1. Keep the counts up to date, and for each pair a list of the words that have it. A merge
        changes only the pairs beside it: where x a b y becomes x [ab] y, the pairs (x, a) and (b, y)
@@ -869,7 +868,7 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
         for a, b in itertools.pairwise(word):
             count[a + b] += weights[number]
             words_with[a + b].append(number)
-    heap = sorted((-n, pair) for pair, n in count.items())  # a sorted list is a heap
+    heap = sorted((-n, pair) for pair, n in count.items())
     merges = []
     while heap and heap[0][0] < 0 and len(merges) < n_merges:       # 0: no pair is left
         n, pair = heapq.heappop(heap)
@@ -881,7 +880,7 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
         come = defaultdict(list)                            # the words with each new pair
         for number in words_with.pop(pair):
             word, weight = words[number], weights[number]
-            while (at := word.find(pair)) >= 0:             # -1: other merges have used a or b
+            while (at := word.find(pair)) >= 0:             # -1: another merge took a or b
                 x, y = word[at - 1:at], word[at + 2:at + 3]              # "" at an edge of the word
                 if x:
                     count[x + a] -= weight

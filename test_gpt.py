@@ -399,14 +399,17 @@ def test_chat_adds_what_a_tokenizer_lacks(tokenizer, saved, tmp_path):
     transformers = pytest.importorskip("transformers")
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    changed(saved, old, lambda content: (content.update(added_tokens=None),
-                                         *map(content["model"]["vocab"].pop, SPECIAL)))
+    last = bpe.spell(tokenizer.vocab[-4])
+    changed(saved, old, lambda content: (
+        content.update(added_tokens=None), *map(content["model"]["vocab"].pop, SPECIAL),
+        content["model"]["vocab"].update({last: 1999})))     # a gap between the ids
     (old / "tokenizer_config.json").write_text(
         '{"eos_token": {"__type": "AddedToken", "content": "</s>"}}')
     (old / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert bpe.main(["chat", "--tokenizer", str(old), "--out", str(new)]) == 0
     ours, peer = Tokenizer.load(new), transformers.AutoTokenizer.from_pretrained(new)
-    assert ours.special_tokens == {SPECIAL[1]: len(tokenizer) - 3, SPECIAL[2]: len(tokenizer) - 2}
+    assert ours.special_tokens == {SPECIAL[1]: 2000, SPECIAL[2]: 2001}
+    assert peer.convert_tokens_to_ids(SPECIAL[1:]) == [2000, 2001]
     ends = json.loads((new / "generation_config.json").read_text())["eos_token_id"]
     assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
     made = np.load(encode([{"messages": CHAT}], tmp_path / "chats.npz", new))
