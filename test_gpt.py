@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -60,6 +59,9 @@ HERE = Path(__file__).resolve().parent
 TEXT = "\n".join(topics[name] for name in sorted(topics))      # 700 KB of English, in every Python
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 torch.set_num_threads(1)        # models this small lose time on a second thread
+if sys.argv[1:2] != ["bench"]:      # what is exact here is exact on a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.backends.mps.is_available = lambda: False
 
 def start(folder, script, *arguments, ranks=1, **options) -> subprocess.Popen:
     """A script that runs beside the test, under torchrun if it has several ranks."""
@@ -449,6 +451,7 @@ def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, w
         Tokenizer.load(path)
 
 def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tmp_path):
+    resource = pytest.importorskip("resource")              # Windows has none
     (tmp_path / "big.txt").write_text(TEXT * 80, encoding="utf-8")
     out = encode(tmp_path / "big.txt", tmp_path / "x.npy", saved, "--part", 0, 0.01)
     before, limit = out.read_bytes(), (100_000, 100_000)     # bytes: the largest possible file
@@ -489,16 +492,11 @@ def noisy(model: GPT) -> GPT:
 def ids(*shape, vocab_size=61, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
-def test_the_norm_is_its_formula_in_the_type_of_its_input():
+def test_the_norm_is_its_formula():
     norm, x = gpt.RMSNorm(6, 1e-2), torch.randn(2, 3, 6)
     torch.nn.init.normal_(norm.weight)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * norm.weight
     assert (norm(x) - expected).abs().max() < 1e-6
-    # Of a GPU there is only a shadow here, but it knows what autocast would do with the type.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), torch.autocast("cuda"):
-        x = torch.zeros(2, 6, dtype=torch.bfloat16)
-        assert gpt.RMSNorm(6, 1e-2)(x).dtype == torch.bfloat16
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_a_fresh_model_knows_nothing(width):
@@ -878,6 +876,121 @@ def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, mo
     with pytest.raises(OSError), gpt.write_whole(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"BBBB" and os.listdir(tmp_path) == ["file"]
+
+# ---------------------------------------------------------------- GPUs that this machine lacks
+
+@contextlib.contextmanager
+def shadow_gpu():
+    """Tensors that say they are on a GPU and hold no numbers: only shapes, types and devices."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        torch.set_autocast_enabled("cuda", True)        # torch.autocast turns itself off without one
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+def test_on_a_gpu_norms_keep_the_type_and_the_loss_has_few_pieces(monkeypatch):
+    pieces, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda rows, *rest, **options: (
+        pieces.append(len(rows)), cross_entropy(rows, *rest, **options))[1])
+    with shadow_gpu():
+        assert gpt.RMSNorm(6, 1e-2)(torch.zeros(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        logits = torch.zeros(16384, 50304, dtype=torch.bfloat16)
+        gpt.TokenLoss.apply(logits, torch.zeros(16384, dtype=torch.long))
+    assert min(pieces[:6]) > 2000           # on a CPU they are 83 rows long
+
+@pytest.mark.parametrize("dtype, T, repeated", [
+    (torch.bfloat16, 8, False), (torch.bfloat16, 1, False), (torch.bfloat16, 3, True),
+    (torch.float16, 8, True), (torch.float32, 8, True)])
+def test_on_a_gpu_heads_are_repeated_where_its_fast_kernels_cannot_share_them(
+        monkeypatch, dtype, T, repeated):
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask=None, **options: (
+        seen.append((k.shape[1] == v.shape[1] == q.shape[1], options["enable_gqa"])), q)[1])
+    with shadow_gpu():
+        q, k = (torch.zeros(1, heads, length, 16, dtype=dtype) for heads, length in ((4, T), (2, 8)))
+        gpt.attend(q, k, k)
+    assert seen == [(repeated, not repeated)]
+
+def test_ranks_agree_on_the_device_the_type_and_the_first_weights(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert gpt.pick_device().type == "mps"
+    monkeypatch.setenv("RANK", "0")                     # torch has no collectives for a Mac's GPU
+    assert gpt.pick_device().type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    assert gpt.pick_device().type == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with refused("more ranks than GPUs", "nproc_per_node"):
+        gpt.pick_device()
+    monkeypatch.setattr(gpt, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    for of_the_other, dtype in (0, "fp16"), (1, "bf16"):
+        monkeypatch.setattr(gpt, "all_sum", lambda mine: torch.tensor(float(mine) + of_the_other))
+        assert gpt.pick_dtype(torch.device("cuda")) == dtype
+    asked, sent = {}, []
+    monkeypatch.setattr(gpt.dist, "init_process_group", lambda *_, **options: asked.update(options))
+    gpt.init_distributed(torch.device("cuda"))
+    assert asked["timeout"].total_seconds() >= 3600     # rank 0 may make tokens for that long
+    monkeypatch.setattr(gpt.dist, "broadcast", lambda x, src: sent.append((x.data_ptr(), src)))
+    model = gpt.move_to_device(tiny(), torch.device("cpu"), "fp32", False)
+    assert sorted(sent) == sorted((weight.data_ptr(), 0) for weight in model.parameters())
+
+def test_a_rank_of_eight_holds_an_eighth_and_no_rank_leaves_before_rank_0_has_all(monkeypatch):
+    """One real process of a group that only pretends to send: what it stores, and in which type."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    gpt.dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    try:
+        for dtype, stream in ("bf16", torch.bfloat16), ("fp16", torch.float32):
+            model = GPT(GPTConfig(304, 64, 2, 128, 2))
+            n, layers = model.count_parameters(), model.model.layers
+            matrices = {tuple(weight.shape) for weight in layers.parameters() if weight.dim() == 2}
+            model = gpt.move_to_device(model, torch.device("cpu"), dtype, True)
+            assert sum(weight.to_local().numel() for weight in model.parameters()) == n / 8
+            types, kept, tokens = [], [], torch.randint(300, (3, 17))
+            layers[1].register_forward_hook(lambda layer, inputs, x: types.append(x.dtype))
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+                with torch.autocast("cpu", gpt.DTYPES[dtype]):
+                    loss = model(tokens, tokens, reduction="none").sum()
+            assert types == [stream]
+            if dtype == "bf16":                         # full weights go after each layer's turn
+                full = [x for x in kept if {tuple(x.shape), tuple(x.shape)[::-1]} & matrices]
+                assert not sum(x.untyped_storage().nbytes() for x in full)
+            loss.backward()
+            assert {weight.grad.dtype for weight in model.parameters()} == {torch.float32}
+        optimizers, calls = gpt.make_optimizers(model, "adamw", 1e-3, 0.1), []
+        optimizers[0].step()
+        gather = gpt.full_states.get_state_dict
+        monkeypatch.setattr(gpt.full_states, "get_state_dict", lambda *arguments, **options: (
+            calls.append("gather"), gather(*arguments, **options))[1])
+        monkeypatch.setattr(gpt, "all_sum", lambda numbers: calls.append("wait"))
+        assert gpt.full_state(model, optimizers) == {"model": {}, "optimizer": {}}
+        assert calls == ["gather", "wait"]
+    finally:
+        gpt.dist.destroy_process_group()
+
+def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch, capsys):
+    for said in ("CUDA out of memory. Tried to allocate", "MPS backend out of memory",
+                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+                 "DefaultCPUAllocator: not enough memory", "could not create a primitive"):
+        assert gpt.out_of_memory(RuntimeError(said)), said
+    assert not gpt.out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "platform", "win32")       # which can't replace a file that is mapped
+    tensors = gpt.read_safetensors(tmp_path / "model.safetensors")
+    if os.path.exists("/proc/self/maps"):
+        assert tensors and str(tmp_path) not in Path("/proc/self/maps").read_text()
+    def other_drive(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+    monkeypatch.setattr(os.path, "relpath", other_drive)
+    monkeypatch.setattr(subprocess, "run", lambda c: subprocess.CompletedProcess(c, 3))
+    for script in train, finetune:
+        script.run("sample.py", "--curves", "out/x")    # a finished run stays finished
+        with pytest.raises(SystemExit):
+            script.run("bpe.py", "train")
 
 # ---------------------------------------------------------------- train.py: the data
 
@@ -2205,6 +2318,7 @@ def version(library: str) -> str:
 
 def measured(function, *arguments) -> tuple:
     """-> seconds (those it returns, or of what it returns), and the memory at most, in MB"""
+    import resource
     found, began = function(*arguments), time.perf_counter()
     if callable(found):
         found = [found() or time.perf_counter() - began]
