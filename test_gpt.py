@@ -997,7 +997,7 @@ def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch, capsys)
 def fp32():
     return torch.autocast("cpu", enabled=False)
 
-def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_step():
+def test_an_epoch_shows_every_window_once_and_a_batch_follows_from_seed_and_step(monkeypatch):
     tokens = np.arange(1007, dtype=np.uint16)       # the id tells the position
     T, rows, first = 10, 9, set()
     for epoch in range(2):      # 1007 // 10 - 1 = 99 windows, 11 steps of 9 rows
@@ -1007,7 +1007,10 @@ def test_an_epoch_shows_every_window_once_and_a_batch_is_a_function_of_seed_and_
         first.add(starts[0])
         assert len(starts) == 99 and set(np.diff(starts)) == {T} and starts[0] < T
     assert len(first) == 2      # each epoch is cut at positions of its own
+    made, make = [], np.random.RandomState          # at most one generator for each epoch
+    monkeypatch.setattr(np.random, "RandomState", lambda seed: made.append(seed) or make(seed))
     assert torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=5)[0])
+    assert len(made) <= 2
     assert not torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=6)[0])
     assert train.batch(tokens[:T + 1], 3, 2, T, 1)[1].tolist() == [list(range(1, 11))] * 2
     for script in train, finetune:      # RandomState([1, 0]) of numpy 1.26 and 2.4: frozen (NEP 19)
@@ -1150,6 +1153,16 @@ def here(command, scripts, monkeypatch, capfd):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler    # put back
         return "".join(capfd.readouterr())
     return run
+
+@pytest.mark.parametrize("what", ["train", "sft"])
+def test_a_long_run_is_saved_every_half_hour(here, what, tmp_path, monkeypatch):
+    """By a clock that is 250 s on each time that somebody looks at it: twice or more in a step."""
+    clock, saves = itertools.count(0, 250), []
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train if what == "train" else finetune, "save_checkpoint",
+                        lambda path, state, done, **rest: saves.append(done["seconds"]))
+    here(what, "--out", tmp_path / "out", "--max_steps", 20, "--save_every", 1000)
+    assert len(saves) > 4 and max(np.diff([0, *saves])) < 1800 + 1000
 
 def test_a_run_learns_says_what_it_does_and_speaks(reference_run, scripts, text):
     folder, said = reference_run
