@@ -283,8 +283,8 @@ class Tokenizer:
         merges = learn_fast(counts, max(0, vocab_size - fixed))
         if vocab_size != fixed + len(merges):
             raise ValueError(f"vocab_size {vocab_size}: 256 bytes and {len(special_tokens)} special"
-                             f" tokens need {fixed}, and for the rest the text gave {len(merges)} "
-                             "merges: ask for the sum or less")
+                             f" tokens need {fixed}" + (", and this text has merges for at most "
+                             f"{fixed + len(merges)}" if vocab_size > fixed else ""))
         vocab = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
             vocab.append(vocab[a] + vocab[b])
