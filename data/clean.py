@@ -7,11 +7,10 @@
     python data/clean.py crawl/ more.jsonl.gz --out data/clean
     python train.py --data data/clean/train --val_data data/clean/val
 
-Reads text, .jsonl (a document is the "text" of a row) and .html, each also as .gz; of folders, the
-.txt, .md, .jsonl and .html files; as /dev/stdin, rows. Writes OUT/train and OUT/val, rows of "text"
-and "source"; OUT/dropped.jsonl, the dropped documents and their rules; and OUT/report.json, which
-is also printed: what came in, what each rule took, with three examples, and what came out. The
-steps, in this order; --without RULE switches off what the report calls RULE:
+Reads text, .jsonl (rows with a "text") and .html, each also as .gz; of folders, the .txt, .md,
+.jsonl and .html files; as /dev/stdin, rows. Writes OUT/train and OUT/val, rows of "text" and
+"source"; OUT/dropped.jsonl, which names what was dropped; OUT/report.json, also printed: what came
+in, what each rule took, with three examples, what came out. --without RULE switches it off. Steps:
 
 1 repair       markup, broken UTF-8, control characters, because all else compares characters
 2 boilerplate  lines that many documents share, so that step 3 judges a page without its menu
@@ -132,9 +131,9 @@ def normalize(text) -> str:
 REPEATS, LINE, LINES = 5, 20, 5_000_000
 
 def drop_boilerplate(documents, options, add):
-    """(notes, source, hash, text) of repair(), in order -> (source, hash, text)"""
+    """(notes, source, text) of repair(), in order -> (source, text, text without boilerplate)"""
     counts = Counter()
-    for notes, source, key, text in documents:
+    for notes, source, text in documents:
         lines, often = text.split("\n"), {}
         if "boilerplate" not in options.without:
             number = {line: zlib.crc32(line.encode()) for line in lines if len(line) >= LINE}
@@ -145,7 +144,7 @@ def drop_boilerplate(documents, options, add):
             counts = Counter({n: count // 2 for n, count in counts.items() if count > 1})
         add([*notes, *often.values()])
         if text:
-            yield source, key, "\n".join(line for line in lines if line not in often)
+            yield source, text, "\n".join(line for line in lines if line not in often)
 
 # ---------------------------------------------------------------- 3 to 5 documents
 
@@ -153,7 +152,8 @@ def drop_boilerplate(documents, options, add):
 # no spaces between words: there, each character counts as a word.
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0970-\u0dff"
-WORD = re.compile(f"[{NO_SPACES}]|(?:[^\\W_{NO_SPACES}]|[{MARKS}])+")
+LETTER = f"[^\\W_{NO_SPACES}]"
+WORD = re.compile(f"{LETTER}+(?:[{MARKS}]+{LETTER}*)*|[{NO_SPACES}]")
 SENTENCE_END = re.compile("[.!?…。！？।؟۔።၊။។][\"'”’»)」』）]?$")
 
 # From here on in Unicode (Thai to Korean), a character says as much as two letters or more. The
@@ -198,7 +198,6 @@ def contains(evaluation, hashes) -> bool:
     return (evaluation[np.searchsorted(evaluation[:-1], shared)] == shared).any()
 
 Document = namedtuple("Document", "text lines words hashes dense stop_words evaluation")
-
 # Name, lowest and highest value that stays, source and unit, value. Cheap ones come first. Why: few
 # words are a heading or a leftover; very long ones are data; signs, numbers, and lines that are
 # short or have no full stop are tables, logs, lists and menus; what comes again was generated.
@@ -250,6 +249,14 @@ def signature(grams) -> np.ndarray:
         smallest = np.minimum(smallest, ((hashes ^ XOR) * (FACTOR | 1)).min(1))
     return smallest
 
+def record_of(text) -> bytes:
+    """What find_copies() compares: 15 hashes, of the text and of the bands; the signature"""
+    words = WORD.findall(text.lower())
+    smallest = signature(sequences(hashes_of(words), max(1, min(5, len(words)))))
+    bands = sequences(smallest.astype(np.uint64), ROWS)[::ROWS]
+    key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return key + bands.tobytes() + smallest.tobytes()
+
 def root(parent, i) -> int:
     """Union-find: follow the pointers to the first document of the cluster, and shorten the way."""
     while parent[i] != i:
@@ -285,18 +292,18 @@ def note(rule, source, text):
     return rule, source, len(text.encode("utf-8", "replace")), " ".join(text[:200].split())[:80]
 
 def repair(source, kind, data):
-    """Step 1 -> notes, source, hash of the text, text"""
+    """Step 1 -> notes, source, text"""
     try:
         text = normalize(decode(kind, data))
     except (ValueError, TypeError, KeyError, RecursionError):
-        return [note("unreadable", source, data.decode("utf-8", "replace"))], source, b"", ""
+        return [note("unreadable", source, data.decode("utf-8", "replace"))], source, ""
     notes = [note("in", source, text)] * (text > "")
     notes += [note("broken-utf-8", source, text)] * ("\ufffd" in text)
-    return notes, source, hashlib.blake2b(text.encode(), digest_size=8).digest(), text
+    return notes, source, text
 
-def judge(options, evaluation, source, key, text):
-    """Steps 3 to 5 -> notes; if it stays, its row for the output and its record for step 6: the
-    hashes of the text and of the bands of the signature, and the signature"""
+def judge(options, evaluation, source, whole, text):
+    """Steps 3 to 5 -> notes; if it stays, the row for the output, and the record for step 6, of the
+    whole text before step 2, because the lines that step 2 leaves to copies may differ"""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     words = WORD.findall(text.lower())
     hashes, dense = hashes_of(words), 1 + (share(words, lambda word: word >= DENSE) > 0.5)
@@ -309,10 +316,7 @@ def judge(options, evaluation, source, key, text):
         if name not in options.without:
             notes += [note(name, source, found[:2] + "...") for found in re.findall(pattern, text)]
             text = re.sub(pattern, placeholder, text)
-    row = json.dumps({"text": text, "source": source}).encode() + b"\n"
-    smallest = signature(sequences(hashes, max(1, min(5, len(words)))))
-    bands = sequences(smallest.astype(np.uint64), ROWS)[::ROWS]
-    return notes, row, key + bands.tobytes() + smallest.tobytes()
+    return notes, json.dumps({"text": text, "source": source}).encode() + b"\n", record_of(whole)
 
 def parallel(pool, cores, function, items):
     """function(*item) of items, in order, on all cores"""
@@ -328,8 +332,7 @@ def parallel(pool, cores, function, items):
 
 def clean(options, out) -> dict:
     """All steps, with the result in the folder out -> the report"""
-    report = {name: {"times": 0, "bytes": 0, "lengths": array("I"), "examples": []}
-              for name in NAMES}
+    report = {n: {"times": 0, "bytes": 0, "lengths": array("I"), "examples": []} for n in NAMES}
     def add(notes):
         for rule, source, size, text in notes:
             entry = report[rule]
@@ -340,7 +343,6 @@ def clean(options, out) -> dict:
             if rule in LIMITS or rule.endswith("copies"):
                 print(json.dumps({"rule": rule, "source": source, "text": text}), file=dropped)
 
-    evaluation = evaluation_sequences(options.against)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (open(out / "dropped.jsonl", "w") as dropped, TemporaryFile(dir=out) as kept,
           open(out / "train/text.jsonl", "wb") as train, TemporaryFile(dir=out) as records,
@@ -349,8 +351,8 @@ def clean(options, out) -> dict:
           multiprocessing.Pool(cores, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool):
         repaired = parallel(pool, cores, repair, read(options.files))
         documents = drop_boilerplate(repaired, options, add)
-        judged = parallel(pool, cores, partial(judge, options, evaluation), documents)
-        for notes, row, record in judged:
+        judge_one = partial(judge, options, evaluation_sequences(options.against))
+        for notes, row, record in parallel(pool, cores, judge_one, documents):
             add(notes)
             kept.write(row)
             records.write(record)
