@@ -2002,7 +2002,8 @@ def test_signatures_estimate_the_jaccard_similarity():
         b[:seed // 2] = story(-1 - seed).split()[:seed // 2]
         sets = [set(zip(*(words[i:] for i in range(5)))) for words in (a, b)]
         j = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-        one, two = (clean.signature(clean.sequences(clean.hashes_of(words), 5)) for words in (a, b))
+        one, two = (clean.signature(clean.sequences(clean.words_of(" ".join(words))[1], 5))
+                    for words in (a, b))
         errors.append(((one == two).mean() - j) / max(0.01, math.sqrt(j * (1 - j) / 112)))
     assert abs(np.mean(errors)) < 5 / math.sqrt(200) and 0.8 < np.std(errors) < 1.2
 
@@ -2012,7 +2013,7 @@ def test_words_that_come_again_as_counted_one_by_one():
         grams = [tuple(words[i:i + 5]) for i in range(len(words) - 4)]
         covered = {i + k for i, gram in enumerate(grams) if gram in grams[:i] for k in range(5)}
         share = sum(len(words[i]) for i in covered) / max(1, sum(map(len, words)))
-        assert clean.again_in_sequences(words, clean.hashes_of(words), 5) == pytest.approx(share)
+        assert clean.again_in_sequences(*clean.words_of(" ".join(words)), 5) == pytest.approx(share)
 
 def test_copies_are_found_and_no_others(tmp_path):
     texts = [story(seed) for seed in range(60)]

@@ -7,10 +7,10 @@
     python data/clean.py crawl/ more.jsonl.gz --out data/clean
     python train.py --data data/clean/train --val_data data/clean/val
 
-Reads text, .jsonl (rows with a "text") and .html, each also as .gz; of folders, the .txt, .md,
-.jsonl and .html files; as /dev/stdin, rows. Writes OUT/train and OUT/val, rows of "text" and
-"source"; OUT/dropped.jsonl, which names what was dropped; OUT/report.json, also printed: what came
-in, what each rule took, with three examples, what came out. --without RULE switches it off. Steps:
+Reads text, .jsonl (rows with a "text") and .html, each also as .gz, folders of these, and rows from
+/dev/stdin. Writes OUT/train and OUT/val, rows of "text" and "source"; OUT/dropped.jsonl, which
+names what was dropped; and OUT/report.json, also printed: what came in, what each rule took, with
+three examples, and what came out. --without RULE switches a rule off. The steps:
 
 1 repair       markup, broken UTF-8, control characters, because all else compares characters
 2 boilerplate  lines that many documents share, so that step 3 judges a page without its menu
@@ -24,15 +24,15 @@ in, what each rule took, with three examples, what came out. --without RULE swit
 
 All cores work on steps 1 and 3 to 5; step 2, between them, runs in one process, because it counts
 across the whole input; step 6 compares records that lie on disk. So the output does not depend on
-the number of cores, and memory is 0.5 GB, 0.2 GB for each core and 60 bytes for each document. All
+the number of cores, and memory is 0.6 GB, 0.2 GB for each core and 60 bytes for each document. All
 is built in OUT.part, which becomes OUT at the end: after a kill, run the same command again.
 
-The rules are for prose. For source code, and for Thai, which has no full stops, use --without
-sentence-ends short-lines. Left out: mojibake, which 11 of 50,000 documents had; rules that took
-below 1% of what the others leave of 950 MB of manuals, web pages and code, namely Gopher's on
-bullets, ellipses, paragraphs, commonest sequences, sequences of 6 to 10 words, FineWeb's on letters
-in repeated lines, C4's on sentences and cookies. Sources: C4 arXiv:1910.10683, CCNet 1911.00359,
-FineWeb 2406.17557, Gopher 2112.11446 (appendix A), GPT-3 2005.14165 (appendix C).
+The rules are for prose: for source code, and for Thai, which has no full stops, use --without
+sentence-ends short-lines. Left out, by what they take of 950 MB of manuals, web pages and code:
+mojibake (0.03%); what took below 1% of what the others leave, Gopher's rules on bullets, ellipses,
+paragraphs, commonest sequences, sequences of 6 to 10 words, FineWeb's on letters in repeated lines,
+C4's on sentences and cookies. On arXiv: C4 1910.10683, CCNet 1911.00359, FineWeb 2406.17557, Gopher
+(appendix A) 2112.11446, GPT-3 (appendix C) 2005.14165.
 """
 import argparse
 import gzip
@@ -67,9 +67,7 @@ def read(names):
     Shows the progress. Folders are sorted: the order must not depend on the disk."""
     files, done, began = [], 0, time.monotonic()
     for path in map(Path, names):
-        inside = sorted(file for file in path.rglob("*") if file.is_file()
-                        and re.search(r"\.(txt|md|jsonl|html)(\.gz)?$", file.name))
-        files += inside if path.is_dir() else [path]
+        files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     total = sum(path.stat().st_size * (4 if path.suffix == ".gz" else 1) for path in files)
     for path in files:
         kind, at = path.name.removesuffix(".gz").rpartition(".")[2].replace("stdin", "jsonl"), 0
@@ -122,12 +120,11 @@ def normalize(text) -> str:
 
 # ---------------------------------------------------------------- 2 boilerplate
 
-# A line that REPEATS documents have is taken out of later ones, wherever in the input they are.
+# A line that REPEATS documents have is taken out of all later ones, wherever in the input they are.
 # C4 (section 2.2) does so with sentences and CCNet with paragraphs. The first documents keep it, so
-# no line is lost altogether. Lines below LINE characters, like "}" or "Usage:", belong to their
-# texts. To bound the memory, when there are LINES counters, all are halved and those at 0 dropped
-# (as in lossy counting, Manku and Motwani 2002): from there on, a line must come again within some
-# 500 MB to be counted. Counters have names of 32 bits, so 1 line in 10,000 goes out by mistake.
+# nothing is lost altogether. Lines below LINE characters, like "}" or "Usage:", stay. To bound the
+# memory, LINES counters are halved, and those at 0 dropped: what comes less often than every 500 MB
+# is missed. Counters are found by hashes of 32 bits: 1 line in 10,000 is taken for another one.
 REPEATS, LINE, LINES = 5, 20, 5_000_000
 
 def drop_boilerplate(documents, options, add):
@@ -160,8 +157,10 @@ SENTENCE_END = re.compile("[.!?…。！？।؟۔።၊။។][\"'”’»)」�
 # rules were made for English: to them, it is two letters, or four if it counts as a word.
 DENSE = "\u0e00"
 
-def hashes_of(words) -> np.ndarray:
-    return np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+def words_of(text):
+    """-> the words, and (N,) hashes of them"""
+    words = WORD.findall(text.lower())
+    return words, np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
 
 def sequences(hashes, n) -> np.ndarray:
     """(N,) hashes of words -> (N - n + 1,) hashes of sequences of n words"""
@@ -181,21 +180,17 @@ def again_in_sequences(words, hashes, n) -> float:
     covered = np.convolve(before, np.ones(n))[:len(words)] > 0.5
     return lengths[covered].sum() / max(1, lengths.sum())
 
-def evaluation_sequences(names) -> np.ndarray:
-    """Sorted hashes of sequences of 13 words in evaluation files. What is shorter cannot be
-    found. GPT-3 cuts the passage out of a document; here, the document goes."""
-    found = [np.array([2**64 - 1], np.uint64)]          # where the search for larger hashes ends
-    for _, kind, data in read(names):
-        text = data.decode("utf-8", "replace")
-        if kind == "jsonl" and text.strip():            # all that stands in the row
-            text = re.sub(r"\\[nrt]", " ", json.dumps(json.loads(text), ensure_ascii=False))
-        found.append(sequences(hashes_of(WORD.findall(normalize(text).lower())), 13))
-    return np.unique(np.concatenate(found))
-
-def contains(evaluation, hashes) -> bool:
-    """Whether any 13 words in a row are in an evaluation"""
-    shared = sequences(hashes, 13)
-    return (evaluation[np.searchsorted(evaluation[:-1], shared)] == shared).any()
+def evaluation_sequences(names) -> set[int]:
+    """Hashes of all sequences of 13 words in evaluation files. What is shorter cannot be found.
+    GPT-3 cuts the passage out of a document; here, the document goes."""
+    found = set()
+    for source, kind, data in read(names):
+        if data == b"{}":
+            raise ValueError(f"cannot read {source}")
+        text = re.sub(r"\\u([0-9a-fA-F]{4})|\\[nrt]",      # JSON's escapes would change the words
+                      lambda code: chr(int(code[1] or "20", 16)), data.decode("utf-8", "replace"))
+        found.update(sequences(words_of(normalize(text))[1], 13).tolist())
+    return found
 
 Document = namedtuple("Document", "text lines words hashes dense stop_words evaluation")
 # Name, lowest and highest value that stays, source and unit, value. Cheap ones come first. Why: few
@@ -217,7 +212,8 @@ RULES = (
      lambda d: again_in_sequences(d.words, d.hashes, 5 * d.dense)),
     ("stop-words", 2, 100_000, "Gopher: different ones of --stop-words",
      lambda d: len(d.stop_words & set(d.words)) if d.stop_words else 2),
-    ("evaluation", 0, 0, "GPT-3: no 13 words", lambda d: contains(d.evaluation, d.hashes)),
+    ("evaluation", 0, 0, "GPT-3: sequences of 13 words that are in --against",
+     lambda d: len(d.evaluation & set(sequences(d.hashes, 13).tolist()))),
 )
 
 # Rule, pattern, and a placeholder that belongs to nobody.
@@ -251,8 +247,8 @@ def signature(grams) -> np.ndarray:
 
 def record_of(text) -> bytes:
     """What find_copies() compares: 15 hashes, of the text and of the bands; the signature"""
-    words = WORD.findall(text.lower())
-    smallest = signature(sequences(hashes_of(words), max(1, min(5, len(words)))))
+    words, hashes = words_of(text)
+    smallest = signature(sequences(hashes, max(1, min(5, len(words)))))
     bands = sequences(smallest.astype(np.uint64), ROWS)[::ROWS]
     key = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return key + bands.tobytes() + smallest.tobytes()
@@ -265,8 +261,7 @@ def root(parent, i) -> int:
     return i
 
 def find_copies(keys, signatures):
-    """(N, 15), (N, 112) -> (N,) pointers from each document to an earlier copy, or to itself; (N,)
-    whether no earlier one is equal"""
+    """(N, 15), (N, 112) -> (N,) an earlier copy, or itself; (N,) whether no earlier one is equal"""
     parent, new = np.arange(len(keys)), np.zeros(len(keys), bool)
     new[np.unique(keys[:, 0], return_index=True)[1]] = True
     for column in keys.T:               # the hash of the text, then those of its bands
@@ -275,7 +270,6 @@ def find_copies(keys, signatures):
         for some in np.array_split(same, 1 + len(same) // 10_000):
             a, b = order[some], order[some + 1]
             alike = (signatures[a] == signatures[b]).mean(1) >= SIMILAR
-            alike |= keys[a, 0] == keys[b, 0]
             for pair in np.stack([a, b], 1)[alike].tolist():
                 first, second = sorted(root(parent, i) for i in pair)
                 parent[second] = first
@@ -288,7 +282,6 @@ NAMES = ["unreadable", "in", "broken-utf-8", "boilerplate", *LIMITS,
          *(rule[0] for rule in PERSONAL), "copies", "near-copies", "train", "val"]
 
 def note(rule, source, text):
-    """What the report says about something that a rule took"""
     return rule, source, len(text.encode("utf-8", "replace")), " ".join(text[:200].split())[:80]
 
 def repair(source, kind, data):
@@ -302,11 +295,11 @@ def repair(source, kind, data):
     return notes, source, text
 
 def judge(options, evaluation, source, whole, text):
-    """Steps 3 to 5 -> notes; if it stays, the row for the output, and the record for step 6, of the
-    whole text before step 2, because the lines that step 2 leaves to copies may differ"""
+    """Steps 3 to 5 -> notes; if it stays, its row, and the record for step 6, of the whole text:
+    copies may have lost different lines in step 2"""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    words = WORD.findall(text.lower())
-    hashes, dense = hashes_of(words), 1 + (share(words, lambda word: word >= DENSE) > 0.5)
+    words, hashes = words_of(text)
+    dense = 1 + (share(words, lambda word: word >= DENSE) > 0.5)
     document = Document(text, lines, words, hashes, dense, options.stop_words, evaluation)
     for name, low, high, _, value in RULES:
         if name not in options.without and not low <= value(document) <= high:
@@ -314,7 +307,8 @@ def judge(options, evaluation, source, whole, text):
     notes = []
     for name, pattern, placeholder in PERSONAL:
         if name not in options.without:
-            notes += [note(name, source, found[:2] + "...") for found in re.findall(pattern, text)]
+            notes += [note(name, source, found[:2] + "*" * len(found[2:]))
+                      for found in re.findall(pattern, text)]
             text = re.sub(pattern, placeholder, text)
     return notes, json.dumps({"text": text, "source": source}).encode() + b"\n", record_of(whole)
 
@@ -326,7 +320,7 @@ def parallel(pool, cores, function, items):
             some.append(item)
             size += len(item[-1])
         if not item or size >= BATCH * cores:               # no more than that is in memory
-            results = pool.starmap_async(function, some, 1 + len(some) // (8 * cores))
+            results = pool.starmap_async(function, some, 1 + len(some) // (4 * cores))
             yield from results.get(timeout=600)             # lest it waits for a killed process
             some, size = [], 0
 
@@ -373,7 +367,7 @@ def clean(options, out) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser("clean.py", usage="clean.py FILE ... --out DIR; see --help")
-    parser.add_argument("files", nargs="+", help="text, .jsonl, .html, these as .gz, folders")
+    parser.add_argument("files", nargs="+", help="text, .jsonl, .html, .gz of these, folders")
     parser.add_argument("--out", required=True, help="folder for train/, val/ and the report")
     parser.add_argument("--against", nargs="+", default=[], help="evaluation files")
     parser.add_argument("--val", type=float, default=0.02, help="share of documents [%(default)s]")
