@@ -31,7 +31,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import weakref
@@ -59,7 +58,8 @@ from gpt import GPT, GPTConfig
 HERE = Path(__file__).resolve().parent
 TEXT = "\n".join(topics[name] for name in sorted(topics))      # 700 KB of English, in every Python
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-torch.set_num_threads(1)        # models this small lose time on a second thread
+if __name__ == "test_gpt":          # for pytest, and not for the benchmark and its processes
+    torch.set_num_threads(1)        # models this small lose time on a second thread
 
 def start(folder, script, *arguments, ranks=1, **options) -> subprocess.Popen:
     """A script that runs beside the test, under torchrun if it has several ranks."""
@@ -1422,14 +1422,13 @@ def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
         "_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler":
         lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)})
     extra = {"dataset_kwargs": {"skip_prepare_dataset": True}} if kind == "chats" else {"beta": 0.1}
-    return Trainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=config(per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.0,
+    settings = dict(per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.0,
                     adam_beta2=0.99, logging_steps=1, report_to=[], use_cpu=True, max_length=None,
-                    gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
-                    **{**extra, **settings}),
-        train_dataset=Dataset.from_list(found),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer))
+                    gradient_checkpointing=False, save_strategy="no", disable_tqdm=True
+                    ) | extra | settings
+    return Trainer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+                   args=config(**settings), train_dataset=Dataset.from_list(found),
+                   processing_class=AutoTokenizer.from_pretrained(tokenizer))
 
 @pytest.mark.parametrize("kind, what", [("chats", "sft"), ("pairs", "dpo")])
 def test_the_first_steps_are_those_of_trl(finetune_dir, here, saved, kind, what, tmp_path):
@@ -2203,43 +2202,41 @@ def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, scripts, monkeypatch,
 # ---------------------------------------------------------------- the benchmark
 
 def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
-    """A table: how much of `count` each does in a second, and as a share of the first. Medians of
-    rounds in which all have their turn, so that a noisy machine is unkind to all, after one to
-    warm up. A contender that measures itself returns (list of seconds, peak MB)."""
+    """A table: how much of `count` each does in a second, by the median of rounds in which all have
+    their turn, so that a noisy machine is unkind to all, after one to warm up. What runs apart
+    returns its seconds, if it has measured them itself, and its memory, as text."""
     times, memory = {name: [] for name in contenders}, {}
     for name, contender in [*contenders.items()] * (rounds + 1):
         began = time.perf_counter()
         found = contender()
-        seconds, peak = found if type(found) is tuple else ([time.perf_counter() - began], 0)
-        times[name] += seconds
-        memory[name] = f"{peak:8,.0f} MB" if peak else ""
-    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}; {unit} per second")
-    speeds = {name: count / np.median(seconds[1:] or seconds) for name, seconds in times.items()}
-    for name, speed in speeds.items():
-        share, cold = speed / next(iter(speeds.values())), count / times[name][0]
-        print(f"  {name:44} {speed:11,.1f}   {share:5.2f} of the first   the first time "
-              f"{cold:9,.1f}{memory[name]}")
+        seconds, memory[name] = found if type(found) is tuple else (None, "")
+        times[name] += seconds or [time.perf_counter() - began]
+    print(f"\n{title}, {torch.get_num_threads()} threads, torch {torch.__version__}; {unit} a second")
+    medians = {name: np.median(seconds[1:] or seconds) for name, seconds in times.items()}
+    for name, median in medians.items():
+        share, cold = [*medians.values()][0] / median, count / times[name][0]
+        print(f"  {name:44} {count / median:11,.2f}   {share:5.2f} of the first   the first time "
+              f"{cold:11,.2f}{memory[name]}", flush=True)
 
-def version(library: str) -> str:
-    name = importlib.metadata.packages_distributions()[library][0]
-    return f"{name} {importlib.metadata.version(name)}"
-
-def measured(function, *arguments) -> tuple:
-    """-> seconds (those it returns, or of what it returns), and the memory at most, in MB"""
-    found, began = function(*arguments), time.perf_counter()
-    if callable(found):
-        found = [found() or time.perf_counter() - began]
-    return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def installed(suffix="", **peers) -> dict:
+    """{name, version, suffix: what is made of the library}, of those that are installed"""
+    names = importlib.metadata.packages_distributions()
+    return {f"{names[name][0]} {importlib.metadata.version(names[name][0])}{suffix}":
+            make(importlib.import_module(name)) for name, make in peers.items() if name in names}
 
 def apart(function, *arguments):
     """A contender in a process of its own, because what one sets up would help the others."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads,
-                               [os.cpu_count()])
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     return lambda: pool.submit(measured, function, *arguments).result()
 
-@lru_cache
+def measured(function, *arguments) -> tuple:
+    """-> what it returns (if that is a function, what that returns), and the peak of memory"""
+    found = function(*arguments)
+    found = found() if callable(found) else found
+    return found, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:8,.0f} MB"
+
+@lru_cache      # made once in each process
 def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, n_embd, n_head):
-    """Of gpt.py or nanoGPT; made once in each process."""
     x, y = ids(2, rows, T, vocab_size=vocab_size)
     if "gpt.py" in name:
         gpt.keep_freed_memory()
@@ -2250,7 +2247,6 @@ def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, 
         model = nanogpt.GPT(nanogpt.GPTConfig(T, vocab_size, n_layer, n_head, n_embd))
     forward = torch.compile(model) if "compiled" in name else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
             loss = forward(x, y) if "gpt.py" in name else forward(x, y)[1]
@@ -2261,136 +2257,93 @@ def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, 
     return step
 
 def bench_training(checkout: Path):
-    """A training step beside nanoGPT's, of the same shape, in both types and compiled."""
-    names = ("nanoGPT, fp32, as it ships", "nanoGPT, bf16", "nanoGPT, fp32, compiled",
-             "nanoGPT, bf16, compiled", "gpt.py, fp32", "gpt.py, bf16")
-    for shape, *sizes in (("10.6M, Shakespeare, 16 rows", 16, 65, 256, 6, 384, 6),
-                          ("124M, GPT-2, 4 rows", 4, 50304, 256, 12, 768, 12)):
-        race(f"training step, {shape} of 256", sizes[0] * 256, "tokens", {
-            name: apart(training_step, name, checkout, *sizes) for name in names})
+    """A training step beside nanoGPT's, of the same shape: as it ships for a CPU, and faster."""
+    names = "nanoGPT, fp32", "nanoGPT, bf16, compiled", "gpt.py, fp32", "gpt.py, bf16"
+    for shape, rows, *sizes in (("10.6M, Shakespeare", 16, 65, 256, 6, 384, 6),
+                                ("124M, GPT-2", 4, 50304, 256, 12, 768, 12)):
+        race(f"training step, {shape}, {rows} rows of 256", rows * 256, "tokens", {
+            name: apart(training_step, name, checkout, rows, *sizes) for name in names})
 
-def eight_steps(kind: str, npz: Path, folder: Path, how) -> list:
-    """Seconds of all but the first, which sets up: of finetune.py with these flags, or of TRL with
-    these settings."""
-    rows, out = finetune.open_rows(npz, kind, 1024)[0], tempfile.mkdtemp(dir=npz.parent)
+def eight_steps(npz: Path, folder: Path, how) -> list:
+    """Seconds of all but the first: of finetune.py with these flags, of TRL with these settings."""
+    times, out = [], tempfile.mkdtemp()
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    register_optimizer_step_post_hook(lambda *_: times.append(time.time()))
     if isinstance(how, dict):
-        import transformers
-        times, order = [], finetune.epoch_order(len(rows), 1, 0)[:32]
-        trainer = trl_trainer(kind, rows, order, folder, folder, max_steps=8, output_dir=out,
-                              learning_rate=1e-5, **how)
-        clock = {"on_step_end": lambda *_, **__: times.append(time.perf_counter())}
-        trainer.add_callback(type("Clock", (transformers.TrainerCallback,), clock))
-        trainer.train()
+        trl_trainer(npz.stem, finetune.open_rows(npz, npz.stem, 1024)[0], range(32), folder, folder,
+                    max_steps=8, output_dir=out, learning_rate=1e-5, **how).train()
     else:
-        finetune.run = lambda *_: None
-        with contextlib.redirect_stdout(io.StringIO()):
-            finetune.main([{"chats": "sft", "pairs": "dpo"}[kind], "--model", str(folder), "--data",
-                           str(npz), "--val_data", str(npz), "--out", out, *"--batch 4 --max_steps "
-                           f"8 --log_every 1 --eval_every 8 --lr 1e-5 {how}".split()])
-        times = [row["seconds"] for row in read_lines(Path(out, "metrics.jsonl"))]
+        finetune.main(f"{how} --model {folder} --data {npz} --val_data {npz} --out {out} --batch 4 "
+                      "--max_steps 8 --eval_every 8 --lr 1e-5 --dtype bf16".split())
     return np.diff(times).tolist()
 
 def bench_model(folder: Path):
-    """One token after the other, and prompts, beside transformers with the same files; then a step
-    of SFT and of DPO beside TRL: the same 4 rows, weights in fp32."""
-    import transformers
-    decode, read, prompt = {}, {}, ids(1, 16, vocab_size=1000)
-    for dtype in torch.bfloat16, torch.float32:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        name = f"{version('transformers')}, {dtype}"
-        decode[name] = partial(theirs.generate, prompt, attention_mask=torch.ones(1, 16),
-                               do_sample=False, pad_token_id=0, max_new_tokens=64,
-                               min_new_tokens=64)
-        read[name] = partial(theirs, logits_to_keep=1)
-    for dtype in torch.bfloat16, torch.float32, torch.int8:
-        model = GPT.from_pretrained(folder, dtype=None if dtype == torch.int8 else dtype)
-        model, name = gpt.quantize(model) if dtype == torch.int8 else model, f"gpt.py, {dtype}"
-        decode[name] = lambda model=model: list(model.generate(prompt, 64, temperature=0))
-        read[name] = lambda tokens, model=model: gpt.KVCache(model, *tokens.shape)(tokens)
-    race(f"decoding, {folder.name}, 64 tokens after 16", 64, "tokens", decode)
-    with torch.inference_mode():
-        for T in 64, 512:
-            race(f"reading a prompt, {folder.name}, {T} tokens", T, "tokens", {
-                name: partial(model, ids(1, T, vocab_size=1000)) for name, model in read.items()})
-    if not importlib.util.find_spec("trl"):
-        return
-    words, trl = TEXT.split(), version("trl")
-    for kind, replies, n in ("chats", 1, 40), ("pairs", 2, 28):
-        texts = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
-        npz = encode([chat(*texts[i:i + 1 + replies]) for i in range(0, 96, 3)],
+    """Decoding and prompts, beside transformers; a step of SFT and of DPO on 4 rows, beside TRL."""
+    models = {}
+    for dtype in "bf16", "fp32":
+        models |= installed(f", {dtype}", transformers=lambda peer: partial(
+            peer.AutoModelForCausalLM.from_pretrained(folder, dtype=gpt.DTYPES[dtype]).generate,
+            do_sample=False, pad_token_id=0))
+    for dtype in "bf16", "fp32", "int8":
+        model = sample.Speaker(folder, torch.device("cpu"), dtype).model
+        models[f"gpt.py, {dtype}"] = lambda tokens, max_new_tokens, model=model, **_: list(
+            model.generate(tokens, max_new_tokens, temperature=0))
+    for T, n in (16, 64), (64, 1), (512, 1):
+        how = dict(attention_mask=torch.ones(1, T), max_new_tokens=n, min_new_tokens=n)
+        race(f"{folder.name}, {n} tokens after {T}", max(T, n), "tokens", {name: partial(
+            generate, ids(1, T, vocab_size=1000), **how) for name, generate in models.items()})
+    for kind, method, n in ("chats", "sft", 2), ("pairs", "dpo", 3):
+        texts = [TEXT[i:i + 200] for i in range(0, 200 * 32 * n, 200)]
+        npz = encode([chat(*texts[i::32]) for i in range(32)],
                      Path(tempfile.mkdtemp(), f"{kind}.npz"), folder)
-        contenders = {
-            f"{trl}, bf16": dict(bf16=True), f"{trl}, fp32": dict(bf16=False),
-            "finetune.py, bf16": "--dtype bf16", "finetune.py, fp32": "--dtype fp32",
-            "finetune.py, fp32, --lora 8": "--dtype fp32 --lora 8"}
-        if kind == "pairs":
-            contenders[f"{trl}, fp32, reference computed before"] = dict(
-                bf16=False, precompute_ref_log_probs=True)
-        tokens = 4 * replies * finetune.open_rows(npz, kind, 1024)[0].lengths.mean()
-        race(f"{kind}, {folder.name}, 4 rows", tokens, "tokens", {
-            name: apart(eight_steps, kind, npz, folder, how) for name, how in contenders.items()},
-            rounds=1)
+        best = dict(precompute_ref_log_probs=True) if kind == "pairs" else {}
+        contenders = {f"{trl}, {how}": settings for trl in installed(trl=id) for how, settings in (
+            ("as it comes", dict(gradient_checkpointing=True)), ("in its best setting", best))}
+        contenders |= {"finetune.py": method, "finetune.py --lora 8": f"{method} --lora 8"}
+        race(f"a step of {method}, {folder.name}, bf16", 4, "rows", {name: apart(
+            eight_steps, npz, folder, how) for name, how in contenders.items()}, rounds=1)
 
 def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
-    """On one core each: run it under `taskset -c 0`. The texts are made of what every Python has:
-    the figures can be had anywhere, but they are more repetitive than a real corpus."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")         # the threads of libraries in Rust
-    draw, code = random.Random(0), sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    alphabets = [0x410, 0x3B1, 0x5D0, 0x621, 0x905, 0xE01, 0x3042, 0x4E00, 0x4F00, 0xAC00, 0xE0]
-    words = ["".join(chr(start + draw.randrange(24)) for _ in range(draw.randint(1, 9)))
-             for start in draw.choices(alphabets, k=60_000)]
-    often = draw.choices(words, [1 / (rank + 10) for rank in range(len(words))], k=n_bytes // 12)
-    corpora = {name: (text * (1 + n_bytes // len(text))).encode()[:n_bytes].decode(errors="ignore")
-               for name, text in (("English", TEXT), ("many scripts", " ".join(often)),
-                                  ("code", "".join(path.read_text("utf-8") for path in code)))}
-    text = "".join(part[:len(part) // 3] for part in corpora.values())
-    blocks = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
-    split = bpe.PATTERNS["gpt2"]
-
-    def installed(**peers):
-        return {version(name): partial(peer, importlib.import_module(name))
-                for name, peer in peers.items() if importlib.util.find_spec(name)}
-
-    def learn(tokenizers):
-        peer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        byte_level = tokenizers.pre_tokenizers.ByteLevel
-        peer.pre_tokenizer = byte_level(add_prefix_space=False)
-        peer.train_from_iterator(blocks, tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=byte_level.alphabet()))
+    """Run it under `taskset -c 0`: on one core each. The texts are made of what every Python has,
+    so anyone can repeat this, but they are more repetitive than a real corpus."""
+    first = 0x410, 0x3B1, 0x5D0, 0x621, 0x905, 0xE01, 0x3042, 0x4E00, 0x4F00, 0xAC00, 0xE0
+    some = [word for c in first for word in words(5500, [*map(chr, range(c, c + 24))], 9, seed=c)]
+    random.Random(0).shuffle(some)      # all scripts have words that come often, as by Zipf's law
+    often = random.Random(0).choices(some, [1 / (10 + i) for i in range(len(some))], k=10**6)
+    code = [path.read_text("utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    corpora = {name: (text * 9).encode()[:n_bytes].decode(errors="ignore") for name, text in (
+        ("English", TEXT), ("many scripts", " ".join(often)), ("code", "".join(code)))}
+    text, folder = "".join(t[:len(t) // 3] for t in corpora.values()), Path(tempfile.mkdtemp())
     race(f"learning {vocab_size:,} tokens", len(text.encode()) / 1e6, "MB", {
-        "bpe.py": lambda: Tokenizer.train([text], vocab_size, pattern=split), **installed(
-            tokenizers=learn, rustbpe=lambda library: library.Tokenizer().train_from_iterator(
-                iter(blocks), vocab_size, pattern=split))}, rounds=0)
-    for pattern in "gpt2", "o200k":
-        folder, split = Path(tempfile.mkdtemp()), bpe.PATTERNS[pattern]
-        ours = Tokenizer.train([text], vocab_size, pattern=split)
+        "bpe.py": lambda: Tokenizer.train([text], vocab_size, pattern="gpt2")} | installed(
+            tokenizers=lambda peer: lambda: peer.ByteLevelBPETokenizer().train_from_iterator(
+                [text], vocab_size, min_frequency=0, show_progress=False),
+            rustbpe=lambda peer: lambda: peer.Tokenizer().train_from_iterator(
+                iter([text]), vocab_size, pattern=bpe.PATTERNS["gpt2"])), rounds=0)
+    for pattern, (name, corpus) in itertools.product(("gpt2", "o200k"), corpora.items()):
+        ours = Tokenizer.train([text], vocab_size, pattern=pattern)
         ours.save(folder)
-        ranks, json_file = write_ranks(ours.vocab, folder / "ranks"), str(folder / "tokenizer.json")
+        ranks, file = write_ranks(ours.vocab, folder / "ranks"), str(folder / "tokenizer.json")
         peers = dict(
-            tiktoken=lambda library: library.Encoding(
-                "", pat_str=split, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy,
-            tokenizers=lambda library: lambda text, peer=library.Tokenizer.from_file(json_file): (
-                peer.encode(text).ids),
-            riptoken=lambda library: library.CoreBPE(ranks, {}, split).encode_ordinary,
-            gigatoken=lambda library: library.Tokenizer.from_tiktoken(
-                folder / "ranks", pattern).encode)
-        if pattern != "gpt2":       # which quicktok does not know
-            peers["quicktok"] = lambda library: (
-                library.import_tokenizer(json_file, "ours", str(folder)),
-                library.Tokenizer("ours", str(folder)).encode_ordinary)[1]
-        for name, text in corpora.items():
-            encoders = {"bpe.py": Tokenizer.load(folder).encode_array}
-            encoders |= {peer: make() for peer, make in installed(**peers).items()}
-            race(f"encoding {name} by the pattern {pattern}", len(text.encode()) / 1e6, "MB", {
-                peer: partial(encode, text) for peer, encode in encoders.items()})
-            expected = ours.encode_array(text)
-            assert all(np.array_equal(encode(text), expected) for encode in encoders.values())
+            tiktoken=lambda peer: peer.Encoding(
+                "", pat_str=ours.pattern, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy,
+            tokenizers=lambda peer: (lambda text, model=peer.Tokenizer.from_file(file):
+                                     model.encode(text).ids),
+            riptoken=lambda peer: peer.CoreBPE(ranks, {}, ours.pattern).encode_ordinary,
+            gigatoken=lambda peer: peer.Tokenizer.from_tiktoken(folder / "ranks", pattern).encode,
+            quicktok=lambda peer: (peer.import_tokenizer(file, "ours", str(folder)),
+                                   peer.Tokenizer("ours", str(folder)).encode_ordinary)[1])
+        if pattern == "gpt2":
+            del peers["quicktok"]       # which does not know it
+        encoders = {"bpe.py": ours.encode_array} | installed(**peers)
+        race(f"encoding {name} by the pattern {pattern}", len(corpus.encode()) / 1e6, "MB", {
+            peer: partial(encode, corpus) for peer, encode in encoders.items()})
+        assert all(np.array_equal(encode(corpus), ours.encode(corpus))
+                   for encode in encoders.values())
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
         sys.exit("python test_gpt.py bench [DIR ...] measures speed; the tests run by: pytest")
-    torch.set_num_threads(os.cpu_count())
-    gpt.keep_freed_memory()
     for folder in map(Path, sys.argv[2:]):      # a checkout of nanoGPT, or the directory of a model
         (bench_training if (folder / "model.py").exists() else bench_model)(folder)
     if not sys.argv[2:]:
