@@ -30,7 +30,7 @@ What --eval measures depends on what FILE holds. Figures come with their 95% int
     .jsonl of "messages"                        nats per token of what the assistant says; with
                                                 --count, the model's own replies are measured
 
-The first two give the figures of EleutherAI's lm-evaluation-harness.
+The first two give the figures of EleutherAI's lm-evaluation-harness, but for a text's last window.
 Left out on purpose: a server, examples before a question (write them into "context"), any judge of
 replies but equality and word counts. Reading order: a model with its tokenizer, text in and out,
 chat, evaluation, looking inside, curves, the command line.
@@ -100,7 +100,6 @@ def remark(text: str):
 
 def speak(speaker: Speaker, prompt: list[int], cache=None, show=False, **changes):
     """Let the model continue a prompt -> the new ids, their text, and why it stopped:
-
     "ended"     the model drew one of speaker.ends, which is not part of the ids and the text
     "cut"       it wrote max_new_tokens tokens
     "stopped"   Ctrl-C, if the text is shown; if it is not, KeyboardInterrupt is raised as usual
@@ -232,13 +231,14 @@ def interval(values, weights) -> list[float]:
     replacement, a thousand times; the interval holds the middle 95% of the results. It says what
     other rows of the same kind could have given, and nothing about other kinds."""
     values, weights = np.asarray(values, float), np.asarray(weights, float)
-    drawn = np.random.RandomState(0).randint(len(values), size=(1000, len(values)))
+    random = np.random.RandomState(0)
+    drawn = (random.randint(len(values), size=len(values)) for _ in range(1000))
     results = [values[rows].sum() / max(1, weights[rows].sum()) for rows in drawn]
     return [values.sum() / max(1, weights.sum()), *np.quantile(results, (0.025, 0.975)).tolist()]
 
 def measure_text(speaker: Speaker, path: Path) -> dict:
-    """Each token but the first, a divider, is predicted once. As in the harness, the text is cut
-    into windows side by side, so the first tokens of a window see little before them.
+    """Each token but the first, a divider, is predicted once. As in the harness (but for the last)
+    windows stand side by side, so the first tokens of a window see little before them.
 
     Bits per byte are all the nats / ln 2 / the number of UTF-8 bytes of the text: what a perfect
     compressor that uses the model would need for a byte. Nats per token can't compare models with
@@ -264,7 +264,7 @@ def encode_pair(speaker: Speaker, context: str, text: str) -> tuple[list[int], l
     cut = min(len(speaker.tokenizer.encode(context.rstrip())), len(ids) - 1)
     if cut <= 0:
         ids, cut = speaker.begin + ids, len(speaker.begin)
-    insist(0 < cut < len(ids), "there is no text, or no token to begin it with")
+    insist(text and 0 < cut < len(ids), "there is no text, or no token to begin it with")
     return ids, [0] * cut + [1] * (len(ids) - cut)
 
 # The next four functions measure a row of a .jsonl each. They return {figure: (value, weight)}. The
@@ -298,7 +298,9 @@ def measure_preference(speaker: Speaker, prompt, chosen, rejected) -> dict:
 def measure_chat(speaker: Speaker, messages) -> dict:
     """What the assistant's turns cost, per token of theirs. The turns of others are only read."""
     [(messages, first)] = conversations({"messages": messages})
-    return {"nats_per_token": nll(speaker, *encode_chat(speaker.tokenizer, messages, first))}
+    cost, n = nll(speaker, *encode_chat(speaker.tokenizer, messages, first))
+    insist(n, "the assistant says nothing in it")
+    return {"nats_per_token": (cost, n)}
 
 def measure_reply(patterns, speaker: Speaker, messages) -> dict:
     """Let the model reply in place of the last turn. Does the reply end by itself, is it exactly
@@ -453,7 +455,7 @@ def run(argv=None):
     mode("--curves", action="store_true", help="draw the losses of runs to DIR/curves.svg")
     add("--system", default="", metavar="TEXT", help="--chat: who the model is to be")
     add("--count", nargs="*", metavar="REGEX",
-        help="--eval of chats: let the model reply, and count its words, and those that match")
+        help="after DIR: in --eval of chats the model replies; count its words, those that match")
     add("--num_samples", type=int, metavar="N", help="continuations, or replies [1; --count: 200]")
     add("--max_new_tokens", type=int, default=200, metavar="N", help="of each [%(default)s]")
     # The model gives each token a probability. Text made of the likeliest tokens alone repeats
@@ -483,13 +485,11 @@ def run(argv=None):
     models = args.models or [file.parent for file in newest]
     insist(models, "out/ holds no model yet: train one with python train.py, or name a directory")
     insist(len(models) == 1 or args.eval or args.curves, "only --eval and --curves compare models")
-    # Not every terminal and pipe can write every character; that is no reason to stop.
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")        # not every terminal has every character
     seed = 0 if args.eval and args.seed is None else args.seed      # --eval: the same each time
-    speaker_of = partial(
-        Speaker, device=pick_device(args.device), dtype=args.dtype, context=args.context, seed=seed,
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, min_p=args.min_p)
+    names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p"
+    speaker_of = partial(Speaker, device=pick_device(args.device), dtype=args.dtype, seed=seed,
+                         context=args.context, **{name: getattr(args, name) for name in names})
     if args.curves:
         print(draw_curves(models, args.by))
     elif args.eval:             # one model after the other, so that one at a time is in memory
@@ -506,13 +506,13 @@ def main(argv=None) -> int:
     try:
         run(argv)
         sys.stdout.flush()
-    except BrokenPipeError:         # whoever reads has enough: | head
+    except BrokenPipeError:         # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print()
+        remark("")
         return 130
     return 0
 
