@@ -476,12 +476,6 @@ def cost_by_hand(model, before, tokens) -> float:
     return sum(-model(row[:, :t])[0, -1].log_softmax(-1)[row[0, t]].item()
                for t in range(len(before), row.shape[1]))
 
-def test_the_norm_is_its_formula():
-    norm, x = gpt.RMSNorm(6, 1e-2), torch.randn(2, 3, 6)
-    torch.nn.init.normal_(norm.weight)
-    expected = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * norm.weight
-    assert (norm(x) - expected).abs().max() < 1e-6
-
 @pytest.mark.parametrize("width", [16, 64])
 def test_a_fresh_model_knows_nothing(width):
     # Logits 0 would give every token the probability 1/V, a loss of ln V. They are normal with the
@@ -538,7 +532,7 @@ def test_targets_of_minus_100_are_left_out():
     model(tokens[:1, :4], torch.tensor([[3, -100, -100, 7]])).backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
-def test_in_half_precision_the_loss_is_in_fp32_and_norms_keep_their_type(monkeypatch):
+def test_in_half_precision_the_loss_is_in_fp32():
     model, tokens, kinds = tiny(), ids(2, 9), []
     exact = model(tokens, tokens)
     model.model.layers[1].register_forward_hook(lambda layer, inputs, x: kinds.append(x.dtype))
@@ -549,12 +543,6 @@ def test_in_half_precision_the_loss_is_in_fp32_and_norms_keep_their_type(monkeyp
     assert kinds == [torch.bfloat16, torch.float32]         # in fp16 the residual stream is in fp32
     halves = copy.deepcopy(model).to(torch.bfloat16)        # weights in bf16, no autocast
     assert halves(tokens, tokens).dtype == torch.float32
-    # On a GPU autocast would turn the result of a norm into fp32. So inside of it autocast is off.
-    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: kinds.append(
-        (weight.dtype, torch.is_autocast_enabled("cpu"))))
-    with torch.autocast("cpu", torch.bfloat16):
-        gpt.RMSNorm(6)(torch.zeros(2, 6, dtype=torch.bfloat16))
-    assert kinds[-1] == (torch.bfloat16, False)
 
 def test_the_training_step_is_one_graph_and_stays_it():
     from torch._dynamo.testing import CompileCounter
@@ -851,22 +839,21 @@ def test_on_a_gpu_heads_are_repeated_where_its_fast_kernels_cannot_share_them(
     assert seen == [(repeated, not repeated)]
 
 def test_ranks_agree_on_the_device_the_type_and_the_first_weights(monkeypatch):
+    asked, sent, cuda = {}, [], torch.cuda
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert gpt.pick_device().type == "mps"
     monkeypatch.setenv("RANK", "0")                     # torch has no collectives for a Mac's GPU
     assert gpt.pick_device().type == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    for name, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(cuda, name, lambda *_, answer=answer: answer)
     assert gpt.pick_device().type == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
     refuses(("more ranks than GPUs", "nproc_per_node"), gpt.pick_device)
     monkeypatch.setattr(gpt, "world_size", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(cuda, "is_bf16_supported", lambda **_: True)
     for of_the_other, dtype in (0, "fp16"), (1, "bf16"):
         monkeypatch.setattr(gpt, "all_sum", lambda mine: torch.tensor(float(mine) + of_the_other))
         assert gpt.pick_dtype(torch.device("cuda")) == dtype
-    asked, sent = {}, []
     monkeypatch.setattr(gpt.dist, "init_process_group", lambda *_, **options: asked.update(options))
     gpt.init_distributed(torch.device("cuda"))
     assert asked["timeout"].total_seconds() >= 3600     # rank 0 may make tokens for that long
@@ -882,19 +869,13 @@ def test_a_rank_of_eight_holds_an_eighth_and_no_rank_leaves_before_rank_0_has_al
         for dtype, stream in ("bf16", torch.bfloat16), ("fp16", torch.float32):
             model = GPT(GPTConfig(304, 64, 2, 128, 2))
             n, layers = model.count_parameters(), model.model.layers
-            matrices = {tuple(weight.shape) for weight in layers.parameters() if weight.dim() == 2}
             model = gpt.move_to_device(model, torch.device("cpu"), dtype, True)
             assert sum(weight.to_local().numel() for weight in model.parameters()) == n / 8
-            types, kept, tokens = [], [], torch.randint(300, (3, 17))
+            types, tokens = [], torch.randint(300, (3, 17))
             layers[1].register_forward_hook(lambda layer, inputs, x: types.append(x.dtype))
-            with (torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
-                  torch.autocast("cpu", gpt.DTYPES[dtype])):
-                loss = model(tokens, tokens, reduction="none").sum()
+            with torch.autocast("cpu", gpt.DTYPES[dtype]):
+                model(tokens, tokens, reduction="none").sum().backward()
             assert types == [stream]
-            if dtype == "bf16":                         # full weights go after each layer's turn
-                full = [x for x in kept if {tuple(x.shape), tuple(x.shape)[::-1]} & matrices]
-                assert not sum(x.untyped_storage().nbytes() for x in full)
-            loss.backward()
             assert {weight.grad.dtype for weight in model.parameters()} == {torch.float32}
         optimizers, calls = gpt.make_optimizers(model, "adamw", 1e-3, 0.1), []
         optimizers[0].step()
@@ -908,10 +889,8 @@ def test_a_rank_of_eight_holds_an_eighth_and_no_rank_leaves_before_rank_0_has_al
         gpt.dist.destroy_process_group()
 
 def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch, capsys):
-    for said in ("CUDA out of memory. Tried to allocate", "MPS backend out of memory",
-                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
-                 "DefaultCPUAllocator: not enough memory", "could not create a primitive"):
+    for said in ("CUDA out of memory. Tried to allocate", "DefaultCPUAllocator: not enough memory",
+                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
         assert gpt.out_of_memory(RuntimeError(said)), said
     assert not gpt.out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     tiny().save_pretrained(tmp_path)
@@ -919,9 +898,7 @@ def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch, capsys)
     tensors = gpt.read_safetensors(tmp_path / "model.safetensors")
     if os.path.exists("/proc/self/maps"):
         assert tensors and str(tmp_path) not in Path("/proc/self/maps").read_text()
-    def other_drive(*_):
-        raise ValueError("path is on mount 'D:', start on mount 'C:'")
-    monkeypatch.setattr(os.path, "relpath", other_drive)
+    monkeypatch.delattr(os.path, "relpath")             # it fails between two drives
     monkeypatch.setattr(subprocess, "run", lambda c: subprocess.CompletedProcess(c, 3))
     for script in train, finetune:
         script.run("sample.py", "--curves", "out/x")    # a finished run stays finished
