@@ -540,8 +540,7 @@ def test_in_half_precision_the_loss_is_in_fp32():
             loss = model(tokens, tokens)
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.01)
     assert kinds == [torch.bfloat16, torch.float32]         # in fp16 the residual stream is in fp32
-    halves = copy.deepcopy(model).to(torch.bfloat16)        # weights in bf16, no autocast
-    assert halves(tokens, tokens).dtype == torch.float32
+    assert model.to(torch.bfloat16)(tokens, tokens).dtype == torch.float32      # no autocast
 
 def test_the_training_step_is_one_graph_and_stays_it():
     from torch._dynamo.testing import CompileCounter
@@ -588,13 +587,12 @@ def test_a_kept_cache_changes_nothing_but_the_time_even_if_it_was_interrupted():
     for turn in range(4):
         if turn == 2:       # the beginning was changed: nothing after it may be used
             prompt[0, 5] = (prompt[0, 5] + 1) % 61
-        alone = torch.stack(list(model.generate(prompt, 10, temperature=0)))
         computed.clear()
         kept = torch.stack(list(model.generate(prompt, 10, temperature=0, cache=cache)))
-        assert torch.equal(alone, kept)
         # The first time 20 positions; then the 5 new ones and the last token, which was only
         # yielded; in turn 2 all but the first 5.
         assert computed == [(20, 6, 50 - 5, 6)[turn]] + [1] * 9
+        assert torch.equal(torch.stack(list(model.generate(prompt, 10, temperature=0))), kept)
         prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
     # Ctrl-C after layer 0, whose part of the cache has been overwritten from position 10 on.
     hook = model.model.layers[0].register_forward_hook(lambda *_: signal.raise_signal(2))
@@ -931,8 +929,7 @@ def test_the_size_of_a_run_follows_from_model_and_text():
     for text, tokens in (10**9, 20 * model.count_parameters()), (5000, 10000):
         args = train.make_parser().parse_args(["--block_size", "96"])
         train.scale_run(args, model, text)
-        operations = tokens * model.flops_per_token(96)
-        assert args.lr == pytest.approx(0.1 / operations**0.125, rel=0.05)
+        assert args.lr == pytest.approx(0.1 / (tokens * model.flops_per_token(96))**0.125, rel=0.05)
         assert args.batch_tokens % 96 == 0
         assert args.max_steps == max(1, round(tokens / args.batch_tokens))
 
@@ -1063,7 +1060,6 @@ def test_a_run_learns_says_what_it_does_and_speaks(reference_run):
     note = gpt.read_json(tokens.with_name("val.npy.json"))
     assert note["gzip_bpb"] == pytest.approx(8 * len(zlib.compress(held_out)) / len(held_out))
     assert f"gzip needs {note['gzip_bpb']:.2f}" in said
-    # The best model is kept beside the last.
     val = np.load(tokens.with_name("val.npy"))
     best = train.evaluate(GPT.from_pretrained(folder / "best"), val, 16, 32768, 2, 0, 1, fp32)
     assert best["val_loss"] == pytest.approx(min(row[3] for row in rows if row[3]), rel=1e-5)
@@ -1251,10 +1247,9 @@ def test_a_run_whose_text_has_changed_is_not_resumed(here, tmp_path):
 
 def test_resume_finds_the_newest_run_and_new_runs_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for age, (name, script) in enumerate((("old", "train.py"), ("mine", "train.py"),
-                                          ("other", "finetune.py"))):
+    for name, script, age in ("old", "train", 1), ("mine", "train", 2), ("other", "finetune", 3):
         Path("out", name).mkdir(parents=True)
-        gpt.save_checkpoint(Path("out", name, "checkpoint.pt"), {}, script=script, args={})
+        gpt.save_checkpoint(Path("out", name, "checkpoint.pt"), {}, script=f"{script}.py", args={})
         os.utime(Path("out", name, "checkpoint.pt"), (age, age))
     assert train.read_flags(["--resume"])[0].out == "out/mine"
     Path("out/mine-2").mkdir()
@@ -1534,8 +1529,7 @@ def test_a_full_context_forgets_the_older_half_of_a_chat_and_says_so(tokenizer, 
     prompts, said = talk(*lines, "far too long " * 200, "last", system="C.", room=20)
     assert len(prompts) == 13 and max(map(len, prompts)) <= 256 - 20
     assert "forgotten" in said.err and "not read" in said.err
-    # By hand: a history grows by one exchange, or it was full and its older half is gone. The
-    # system turn stays, and what was far too long leaves no trace.
+    # By hand: a history grows by one exchange, or it was full and its older half is gone.
     before, times = [], 0
     for i, prompt in enumerate(prompts):
         text = spoken(tokenizer, prompt)
@@ -1561,7 +1555,6 @@ def test_eval_of_text_by_hand(speaker_dir, tokenizer, tmp_path):
     text = TEXT[5000:5600] + "naïve 🙂"
     ids = [DIVIDER, *tokenizer.encode(text)]
     n, size = len(ids) - 1, len(text.encode())
-    # context 32: token t + 1 is predicted from what its window holds before it
     model = GPT.from_pretrained(speaker_dir)
     cost = sum(cost_by_hand(model, ids[t // 32 * 32:t + 1], ids[t + 1:t + 2]) for t in range(n))
     for mark in "", "\ufeff":           # a byte order mark is skipped
@@ -1693,8 +1686,7 @@ PLAY = "\n\n".join([
     "_Enter NURSE and\nJULIET_", "**Nurse**  \nMadam!  \n_\\[Aside]_  \nShe sleeps.", "_Exit_",
     "Madam\\--I come.", "**ROSENCRANTZ: & GUILDENSTERN:**  \n__\\[Within]_  \nHamlet! & c.",
     "**JULIET**  \n[Rising]_  \nAnon, *[To the Nurse.]* anon!", "**Silent**  \n_Weeps_"])
-DIALOGUE = "\n\n".join([
-    "# A Play", "### SCENE I", "**Romeo**\nWho calls me now?",
+DIALOGUE = "\n\n".join(["# A Play", "### SCENE I", "**Romeo**\nWho calls me now?",
     "**Juliet**\nI called to thee, good Romeo.", "_Aside_", "He hears.",
     "**Romeo**\nHow do you fare, my gentle lady, tell me now?", "**Juliet**\nAy, my lord.",
     "### SCENE II", "**Nurse**\nCome home, your mother calls you."])
@@ -1797,9 +1789,8 @@ def test_without_an_index_the_manual_is_taken_instead(tmp_path, monkeypatch, cap
     assert 0.05 < val / (val + train) < 0.15 and val + train > 200_000
 
 def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names(tmp_path):
-    topics = {"a/b": "one\n\ntwo", "..": "two\n\nthree", "c d": "one\n\ntwo"}   # ".." is first
-    parts = shakespeare.split_manual(topics)
-    assert parts == {"val": {"..": "two\n\nthree\n"}, "train": {"a/b": "one\n"}}
+    parts = shakespeare.split_manual({"a/b": "one\n\ntwo", "..": "two\n\n3", "c d": "one\n\ntwo"})
+    assert parts == {"val": {"..": "two\n\n3\n"}, "train": {"a/b": "one\n"}}    # ".." is first
     shakespeare.write(parts, tmp_path / "scratch", tmp_path / "manual")
     assert sorted(f.name for f in (tmp_path / "manual").rglob("*.txt")) == ["...txt", "a%2Fb.txt"]
 
@@ -2021,9 +2012,8 @@ REFUSED = {
         "roles.jsonl *--batch* 0", "roles.jsonl *--lora* -1", "chats.npz *--beta* nan",
         "chats.npz --block_size *65* => 64", "json.jsonl => line 2", "half.jsonl => line 1.*prompt",
         "silent.jsonl => line 3.*empty", "roles.jsonl => line 1.*human", "deep.jsonl => line 1",
-        "*cut.npz*", "*lone.npz*", "*odd.npz*", "ids.npz => not encoded with",
-        "other/ids.npz => not encoded with",
-        "pairs.jsonl --val_data pairs.jsonl => holds pairs.*chats",
+        "*cut.npz*", "*lone.npz*", "*odd.npz*", "other/ids.npz => not encoded with",
+        "ids.npz => not encoded with", "pairs.jsonl --val_data pairs.jsonl => holds pairs.*chats",
         "long.jsonl --val_data long.jsonl => nothing to learn within 64"],
     "sample": ["*nowhere*", "mute => tokenizer.json", " => train.py", "--curves *nowhere*",
         "plain --chat => finetune.py sft", "plain --eval turns.jsonl => line 1"],
