@@ -859,10 +859,10 @@ def test_a_rank_of_eight_holds_an_eighth_and_waits_until_rank_0_has_all(monkeypa
     request.addfinalizer(gpt.dist.destroy_process_group)
     for dtype, stream in ("bf16", torch.bfloat16), ("fp16", torch.float32):
         model = GPT(GPTConfig(304, 64, 2, 128, 2))
-        n, types, tokens = model.count_parameters(), [], ids(3, 17)
-        model.model.layers[1].register_forward_hook(lambda *passed: types.append(passed[-1].dtype))
+        n, layers, types, tokens = model.count_parameters(), model.model.layers, [], ids(3, 17)
         model = gpt.move_to_device(model, torch.device("cpu"), dtype, True)
         assert sum(weight.to_local().numel() for weight in model.parameters()) == n / 8
+        layers[1].register_forward_hook(lambda layer, inputs, x: types.append(x.dtype))
         with torch.autocast("cpu", gpt.DTYPES[dtype]):
             model(tokens, tokens, reduction="none").sum().backward()
         assert types == [stream]
@@ -1351,7 +1351,7 @@ def test_adapters_begin_as_nothing_learn_alone_and_merge(tmp_path):
     assert (merged(tokens) - after).abs().max() < 1e-5
 
 def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
-    """TRL's trainer for these rows in this order, 4 at once, in fp32 weights."""
+    """TRL's trainer for these rows in this order, 4 at once, in fp32; its own beta is 0.1."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
