@@ -58,13 +58,13 @@ from tempfile import TemporaryFile
 import numpy as np
 
 # Bytes of a core's work at a time; of the longest row or page; of the parts of a longer text.
-BATCH, LONGEST, PART = 1 << 24, 1 << 23, 400_000
+BATCH, LONGEST, PART = 1 << 24, 1 << 22, 400_000
 
 # ---------------------------------------------------------------- 1 reading and repair
 
 def read(names):
-    """-> (source, kind, bytes) of each row, page or part of a text; of a row "{" for a fault. Shows
-    the progress. Folders are sorted: the order must not depend on the disk."""
+    """-> (source, kind, bytes) of each row, page or part of a text, to the end of a line; of a row "{"
+    for a fault. Shows the progress. Folders are sorted: the order must not depend on the disk."""
     files, done, began = [], 0, time.monotonic()
     for path in map(Path, names):
         files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
@@ -74,7 +74,7 @@ def read(names):
         size = {"jsonl": 0, "html": LONGEST}.get(kind, PART)
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             try:
-                while data := file.read(size) + file.readline(LONGEST):     # to the end of a line
+                while data := file.read(size) + file.readline(size or LONGEST):
                     yield f"{path}@{at}", kind, data
                     at += len(data)
                     done += len(data)
@@ -116,7 +116,7 @@ def normalize(text) -> str:
     """Unicode's normal form C; no control characters but tabs and newlines"""
     lines = unicodedata.normalize("NFC", text).splitlines()     # they also end in \r, \f, \u2028
     text = re.sub("\n{3,}", "\n\n", "\n".join(map(str.rstrip, lines))).strip("\n")
-    return re.sub("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffe\uffff]", "", text)
+    return re.sub("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffe\uffff]+", "", text)
 
 # ---------------------------------------------------------------- 2 boilerplate
 
@@ -233,8 +233,7 @@ PERSONAL = (
 # length (MinHash, Broder 1997). To avoid comparing all with all, it is cut into 14 bands of 8, and
 # only texts that agree in a whole band are compared: with J = 0.8 the probability of that is
 # 1 - (1 - J^8)^14 = 0.92, with 0.9 0.9996, with 0.5 0.05. FineWeb (section 3.4) drops all that meet
-# so; here, as a check, 0.72 of the whole signatures must agree, too: 0.387% of 135,000 documents had
-# J < 0.7 with all others and were still dropped.
+# so; here, 0.72 of the whole signatures must agree, too, so that few with J < 0.7 are dropped.
 BANDS, ROWS, SIMILAR = 14, 8, 0.72
 XOR, FACTOR = np.random.RandomState(0).randint(2**32, size=(2, BANDS * ROWS, 1), dtype=np.uint32)
 
@@ -319,7 +318,7 @@ def parallel(pool, cores, function, items):
     for item in chain(items, [None]):                       # None: the end
         if item:
             some.append(item)
-            size += len(item[-1])
+            size += sum(map(len, item))
         if not item or size >= BATCH * cores:               # no more than that is in memory
             results = pool.starmap_async(function, some, 1 + len(some) // (4 * cores))
             yield from results.get(timeout=600)             # lest it waits for a killed process
