@@ -63,8 +63,8 @@ BATCH, LONGEST, PART = 1 << 24, 1 << 22, 400_000
 # ---------------------------------------------------------------- 1 reading and repair
 
 def read(names):
-    """-> (source, kind, bytes) of each row, page or part of a text, to the end of a line; of a row "{"
-    for a fault. Shows the progress. Folders are sorted: the order must not depend on the disk."""
+    """-> (source, kind, bytes) of rows, pages and parts of a text, up to a line end; of a row "{"
+    for a fault. Shows progress. Folders are sorted: the order must not depend on the disk."""
     files, done, began = [], 0, time.monotonic()
     for path in map(Path, names):
         files += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
