@@ -510,7 +510,7 @@ def test_parameters_and_operations_match_a_count_by_hand():
     (gpt.FAMILIES["gpt2"], ("2", "14")), (dict(positions="Rotary"), ("Rotary", "learned")),
     (dict(norm="x"), ("x", "layer")), (dict(norm="layer"), "no family has these parts")])
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(fields, named, tmp_path):
-    refuses(named, lambda: tiny(**fields).save_pretrained(tmp_path / "none"))   # saved: the last
+    refuses(named, lambda: tiny(**fields).save_pretrained(tmp_path / "none"))  # the last when saved
     assert not (tmp_path / "none").exists()
 
 def test_targets_of_minus_100_are_left_out():
@@ -732,7 +732,7 @@ def test_another_layout_and_a_config_that_is_none_are_refused(tmp_path, change):
     refuses(tmp_path, GPT.from_pretrained, tmp_path)
 
 def test_what_the_files_hold_counts_and_not_what_the_config_says_of_them(tmp_path):
-    from safetensors.torch import load_file, save_file
+    files = pytest.importorskip("safetensors.torch")
     model, old, tokens = noisy(tiny(tie_embeddings=False)), noisy(tiny_of("gpt2")), ids(1, 9)
     model.save_pretrained(tmp_path)
     change_json(tmp_path / "config.json", tie_word_embeddings=True)     # two, and they differ
@@ -740,16 +740,16 @@ def test_what_the_files_hold_counts_and_not_what_the_config_says_of_them(tmp_pat
     assert (GPT.from_pretrained(tmp_path)(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
     path = tmp_path / "model.safetensors"
-    whole = load_file(path)
+    whole = files.load_file(path)
     norm = whole.pop("model.norm.weight")
     for tensors in whole | {"model.norm.weight": norm * math.nan}, whole:       # NaN, or missing
-        save_file(tensors, path, {"format": "pt"})
+        files.save_file(tensors, path, {"format": "pt"})
         refuses("model.norm.weight", GPT.from_pretrained, tmp_path)
     # Constants of old files are passed over, whatever their type.
     old.save_pretrained(tmp_path)
     constants = {"transformer.h.0.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool),
                  "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
-    save_file(load_file(path) | constants, path, {"format": "pt"})
+    files.save_file(files.load_file(path) | constants, path, {"format": "pt"})
     assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), old(tokens))
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
