@@ -1925,8 +1925,8 @@ def test_one_core_and_two_write_the_same_and_hostile_files_are_counted(
     (raw / "nested.html").write_text("<div>" * 100_000 + story(777) + "<script>var</script>")
     monkeypatch.setattr(clean, "BATCH", 1 << 16)            # many batches
     monkeypatch.setattr(multiprocessing, "Pool", multiprocessing.get_context("fork").Pool)
-    for cores in {min(all_cores)}, all_cores:
-        out = tmp_path / f"out{len(cores)}"
+    for number, cores in enumerate(({min(all_cores)}, all_cores)):
+        out = tmp_path / f"out{number}"
         monkeypatch.setattr(sys, "argv", ["clean.py", str(raw), "--out", str(out)])
         os.sched_setaffinity(0, cores)
         assert clean.main() == 0 and not capsys.readouterr().err
