@@ -217,7 +217,7 @@ def write_ranks(tokens, path) -> dict:
     return {token: rank for rank, token in enumerate(tokens)}
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
-def test_ids_equal_those_of_tiktoken(tokenizer, tmp_path, name):
+def test_ids_equal_those_of_tiktoken(tokenizer, name):
     """A chunk that is a token is taken whole. Special tokens that look like words are text."""
     tiktoken = pytest.importorskip("tiktoken")
     odd = b"xqzjvk"                         # no merges lead to it: none of its halves is a token
@@ -876,7 +876,7 @@ def test_a_rank_of_eight_holds_an_eighth_and_waits_until_rank_0_has_all(monkeypa
     assert gpt.full_state(model, optimizers) == {"model": {}, "optimizer": {}}
     assert calls == ["gather", "wait"]
 
-def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch, capsys):
+def test_what_windows_and_cards_say_is_understood(tmp_path, monkeypatch):
     for said in ("CUDA out of memory. Tried to allocate", "DefaultCPUAllocator: not enough memory",
                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
         assert gpt.out_of_memory(RuntimeError(said)), said
@@ -1850,7 +1850,7 @@ def cleaned(tmp_path, texts, *flags):
     out = tmp_path / "out"
     shutil.rmtree(out, ignore_errors=True)
     finish(HERE, "data/clean.py", path, "--out", out, *flags)
-    report = json.loads((out / "report.json").read_text())
+    report = gpt.read_json(out / "report.json")
     rows = {rule: read_lines(out / rule / "text.jsonl") for rule in ("train", "val")}
     where = {row["source"]: rule for rule in rows for row in rows[rule]}
     where |= {row["source"]: row["rule"] for row in read_lines(out / "dropped.jsonl")}
