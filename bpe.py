@@ -14,20 +14,20 @@ r"""Byte-pair encoding: text becomes a list of small integers, all that a langua
 
 Learning starts with the 256 bytes as tokens. It joins the two neighbours that occur most often in a
 text into a new token, again and again, until the vocabulary has the size that was asked for. To
-encode a text, the same joins are made in the same order. As every text is a row of bytes, every
-text can be encoded, and decoding returns its bytes. (Exceptions: see nfc, byte_ids and split().)
+encode a text, the same joins are made in the same order. As every text is a row of bytes, any text
+can be encoded, and decoded again. (Exceptions: NFC, missing bytes, lone surrogates.)
 
 Terms. *Token*: a string of bytes; its number is its *id*. *Merge*: the rule that joins two tokens
 into a third; its *rank* says how early it was learned, and lower ranks are applied first. *Chunk*:
 about a word of text; nothing is merged across its edges. *Special token*: a token that stands for
-no text, such as <|endoftext|>, which, despite its name, begins a document.
+no text, such as <|endoftext|>, which here begins each document.
 
 Reading order: bytes, splitting, learning, encoding: that is all of BPE. Then the files: formats of
-tokenizers, chats, and texts of any size on all cores; then the command line. The last section has
-faster forms of two functions. They return the same; skip it if you like. Left out on purpose:
-other kinds of tokenizers. If a file asks for what is not implemented, an error names it.
-Sources: Sennrich et al. 2016 (arXiv:1508.07909; BPE on words); Radford et al. 2019 (GPT-2: bytes,
-splitting); tiktoken (patterns); tokenizers (tokenizer.json, the order of ties).
+tokenizers, chats, and texts of any size on all cores; then the command line; then faster forms of
+two functions, which you can skip. Left out on purpose: other kinds of tokenizers. If a file asks
+for what is not implemented, an error names it.
+Sources: Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, splitting);
+tiktoken (patterns); tokenizers (tokenizer.json, the order of ties).
 """
 import argparse
 import codecs
@@ -52,10 +52,10 @@ import numpy as np
 
 # ---------------------------------------------------------------- bytes
 
-# tokenizer.json is text, but tokens are bytes, and many a token is no valid UTF-8 by itself: it may
-# be a third of a Chinese character. GPT-2's solution, which everyone kept, writes each byte as a
-# visible character. Those that are visible in Latin-1 stand for themselves. The 68 others, blanks
-# and control characters, get U+0100 to U+0143.
+# tokenizer.json is text, but tokens are bytes, and a token can be invalid UTF-8, such as a third of a
+# Chinese character. GPT-2's solution, which everyone kept, writes each byte as a visible character.
+# Those that are visible in Latin-1 stand for themselves. The 68 others, blanks and control
+# characters, get U+0100 to U+0143.
 VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 CHAR_OF_BYTE = {byte: byte for byte in VISIBLE} | {b: 256 + i for i, b in enumerate(HIDDEN)}
@@ -66,13 +66,13 @@ def spell(token: bytes) -> str:
     return token.decode("latin-1").translate(CHAR_OF_BYTE)
 
 def unspell(spelling: str) -> bytes:
-    """"ĠcafÃ©" -> b" caf\\xc3\\xa9": the way back."""
+    """The way back: "ĠcafÃ©" -> b" caf\\xc3\\xa9"."""
     return spelling.translate(BYTE_OF_CHAR).encode("latin-1")
 
 # ---------------------------------------------------------------- splitting
 
 # A text is first cut into chunks. Without that the commonest tokens would be "e t" and ". The".
-# A chunk is a match of the pattern; its alternatives are tried from left to right. Those of llama3:
+# A chunk is a match of the pattern, whose alternatives are tried from left to right. Llama 3's are:
 #   (?i:'s|'t|...)            English endings: 's 't 're 've 'm 'll 'd
 #   [^\r\n\p{L}\p{N}]?\p{L}+  a word, with one space (or quote, or bracket) before it
 #   \p{N}{1,3}                up to three digits, so that numbers do not fill the vocabulary
@@ -121,15 +121,15 @@ NEWER = {code: name for name, ranges in NEWER.items() for part in ranges.split()
          for code in range(int(part.split("-")[0], 16), int(part.split("-")[-1], 16) + 1)}
 
 def category(char: str) -> str:
-    """"A" -> "Lu": a letter, upper case. Names: unicode.org/reports/tr44, table 12"""
+    """That of "A" is "Lu": a letter, upper case. Names: unicode.org/reports/tr44, table 12"""
     return NEWER.get(ord(char)) or unicodedata.category(char)
 
 @functools.cache
 def unicode_classes() -> tuple[dict[str, str], dict[str, str]]:
-    r"""Python's re has no \p{L}, so list the letters, up to U+FFFF: {"L": "A-Za-zªµº...", ...}
+    r"""Python's re has no \p{L}, so list the letters, up to U+FFFF: {"L": "A-Za-zª-ªµ-µ...", ...}
 
     re looks up characters to U+FFFF in a table, but tries hundreds of ranges for one above. So
-    split() replaces such a character by the last one of its category below: {"Lu": "Ｚ", ...}.
+    split() replaces such a character by the last of its category up to U+FFFF: {"Lu": "Ｚ", ...}.
     White space is spelled out: Python's \s has U+001C to U+001F, which no other library has.
     """
     members = defaultdict(set)
@@ -154,7 +154,7 @@ def compile_pattern(pattern: str) -> re.Pattern:
                          "covers any text and has an edge wherever pieces() cuts, add it")
     classes, _ = unicode_classes()
 
-    def in_class(body):
+    def in_class(body):             # only \p{..} and \s; found[1] is the L of \p{L}, None for \s
         return re.sub(r"\\p\{(\w+)\}|\\s", lambda found: classes[found[1] or "s"], body)
 
     def translate(found):                                   # [...], or \p{L} or \s alone
@@ -164,10 +164,10 @@ def compile_pattern(pattern: str) -> re.Pattern:
                              pattern.replace(r"\S", r"[^\s]")))
 
 def split(text: str, pattern: str) -> list[str]:
-    r""""To be!\n" -> ["To", " be", "!\n"]"""
+    r"""Cut "To be!\n" into ["To", " be", "!\n"]."""
     find_chunks = compile_pattern(pattern).findall
     units = text.encode("utf-16-le", "surrogatepass")        # a character above U+FFFF is two
-    text = units.decode("utf-16-le", "replace")              # half a pair is no character: U+FFFD
+    text = units.decode("utf-16-le", "replace")              # one of the two alone becomes U+FFFD
     if len(units) == 2 * len(text):                          # none is above
         return find_chunks(text)
     low = re.sub("[^\0-\uffff]", lambda found: unicode_classes()[1][category(found[0])], text)
@@ -176,25 +176,28 @@ def split(text: str, pattern: str) -> list[str]:
 
 # Long texts are worked on in pieces, cut only where every pattern has an edge anyway: after a
 # letter or digit that white space follows, or after a line end between a visible character and a
-# letter or digit.
+# letter or digit. This is safe, because no chunk has white space after a letter or digit, and none
+# has a letter or digit after a line end.
 CUT = re.compile(r"[^\W_](?=\s)|\S\n(?=[^\W_])")
 
 def pieces(blocks, size=1 << 16, cut_at=CUT):
-    """Blocks of a text, cut anywhere -> pieces of at least size, for split() one by one."""
-    text, at = "", size
+    """Blocks of a text, cut anywhere -> pieces of at least size, for split() one by one. Where no
+    CUT comes, all that follows is one piece, in memory."""
+    text, at = "", size         # what was not yet given out, and where the search goes on
     for block in blocks:
-        text, begin = text + block, 0
+        text += block
+        begin = 0
         while cut := cut_at.search(text, at):
             yield text[begin:cut.end()]
             begin = cut.end()
             at = begin + size
         text = text[begin:]
-        at = max(size, len(text) - 2)         # all before is searched; a CUT needs 3 characters
+        at = max(size, len(text) - 2)         # only the last 2 characters can still begin a CUT
     if text:
         yield text
 
 def count_chunks(texts, pattern: str) -> Counter:
-    """["to be, to"] -> {"to": 1, " be": 1, ",": 1, " to": 1}"""
+    """Count the chunks of all texts: ["to be, to"] -> {"to": 1, " be": 1, ",": 1, " to": 1}"""
     counts = Counter()
     for text in texts:
         for piece in pieces([text]):
@@ -215,7 +218,8 @@ def learn(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
     counted. This form reads all chunks once per merge; learn_fast() in the last section does not.
     """
     # One character stands for one token: chr(97) for the byte 97, chr(256) for the first merge.
-    # A chunk is a string of them, and merging a pair is str.replace, which goes left to right.
+    # A chunk is a string of them, and merging a pair is str.replace, from left to right: "aaa" has
+    # "aa" twice, but only the first is merged.
     words = {chunk.encode().decode("latin-1"): count for chunk, count in counts.items()}
     merges = []
     while len(merges) < n_merges:
@@ -242,7 +246,7 @@ def merge(ids: list[int], merges: dict[tuple[int, int], tuple[int, int]]) -> lis
     """
     while found := [(merges[pair], i) for i, pair in enumerate(itertools.pairwise(ids))
                     if pair in merges]:
-        (_, made), i = min(found)
+        (rank, made), i = min(found)                        # the lowest rank, then leftmost
         ids = [*ids[:i], made, *ids[i + 2:]]
     return ids
 
@@ -269,8 +273,7 @@ class Tokenizer:
         self.dtype = np.dtype("<u2" if len(vocab) <= 1 << 16 else "<u4")
         self.cache = {}                       # chunk -> its ids: see encode_chunk()
 
-    def __len__(self):
-        """The largest id + 1: the number of rows of an embedding."""
+    def __len__(self):              # the largest id + 1: the number of rows of an embedding
         return len(self.vocab)
 
     @classmethod
@@ -278,13 +281,13 @@ class Tokenizer:
         """texts: an iterable of str, or the counts of count_chunks().
         The ids: byte b is b, merge i is 256 + i, the special tokens are last."""
         pattern = PATTERNS.get(pattern, pattern)
+        texts = [texts] if isinstance(texts, str) else texts
         counts = texts if isinstance(texts, Counter) else count_chunks(texts, pattern)
         fixed = 256 + len(special_tokens)
         merges = learn_fast(counts, max(0, vocab_size - fixed))
         if vocab_size != fixed + len(merges):
-            raise ValueError(f"vocab_size {vocab_size}: 256 bytes and {len(special_tokens)} special"
-                             f" tokens need {fixed}" + (", and this text has merges for at most "
-                             f"{fixed + len(merges)}" if vocab_size > fixed else ""))
+            raise ValueError(f"vocab_size {vocab_size}: bytes and special tokens need {fixed}" + (
+                f", and for this text {fixed + len(merges)} is most" if vocab_size > fixed else ""))
         vocab = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
             vocab.append(vocab[a] + vocab[b])
@@ -293,16 +296,14 @@ class Tokenizer:
         return cls(vocab, {pair: (i, 256 + i) for i, pair in enumerate(merges)}, special, pattern)
 
     def encode(self, text: str, allowed_special=()) -> list[int]:
-        """"To be" -> [2514, 307] with GPT-2's vocabulary. Nothing is added to it.
+        """Encode a text: "To be" -> [2514, 307] with GPT-2's vocabulary. Nothing is added to it.
 
         Text is only text, "<|endoftext|>" 13 characters, unless allowed_special names it (or is
-        "all"): then it is that one token. Qwen 3's <think>, too, is only text here, though not in
-        tokenizers.
+        "all"): then it is that one token. (The same for Qwen 3's <think>; not in tokenizers.)
         """
-        names = self.special_tokens if allowed_special == "all" else allowed_special
-        for name in names:
-            if name not in self.special_tokens:
-                raise ValueError(f"{name!r} is none of this tokenizer's special tokens")
+        names = self.special_tokens if allowed_special == "all" else list(allowed_special)
+        if unknown := set(names) - self.special_tokens.keys():
+            raise ValueError(f"{min(unknown)!r} is none of this tokenizer's special tokens")
         ids = []
         either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))   # longest first
         parts = re.split(f"({either})", text) if names else [text]
@@ -313,7 +314,7 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """encode() for much text: an array of self.dtype, no special tokens."""
         if self.nfc:
-            # tokenizers has Unicode 9 here: it does not reorder marks newer than 2016
+            # tokenizers composes by Unicode 9: it does not reorder marks newer than 2016
             # (U+0301 U+0899), nor compose U+11935 U+11930. Such texts get other ids there.
             text = unicodedata.normalize("NFC", text)
         get = self.cache.get
@@ -408,7 +409,7 @@ def tokenizer_file(path) -> Path:
 def read_tokenizer_json(content):
     """-> the arguments of Tokenizer(); a ValueError names what is there but not implemented.
 
-    Entries that are not read here do not change a text's own ids. "decoder" is for decoding; what
+    Entries that are not read here do not change the ids of a text. "decoder" is for decoding; what
     "post_processor" puts around the ids (a <|begin_of_text|>, say), "truncation" and "padding" are
     left to the caller.
     """
@@ -453,12 +454,12 @@ def read_tokenizer_json(content):
         if spelling not in special and not BYTE_OF_CHAR.keys() >= set(map(ord, spelling)):
             raise ValueError(f"the token {spelling!r} (id {i}) is not in GPT-2's byte alphabet")
         vocab[i] = spelling.encode() if spelling in special else unspell(spelling)
-    if not ids.keys() >= set(map(chr, BYTE_OF_CHAR)):        # Tokenizer drops such bytes
+    if not ids.keys() - special.keys() >= set(map(chr, BYTE_OF_CHAR)):  # Tokenizer drops the rest
         insist("not all bytes have a token; model", model, unk_token=[None])
     merges = {}
     for rank, pair in enumerate(model["merges"]):
         a, b = pair.split(" ", 1) if isinstance(pair, str) else pair
-        if not a or not b or not ids.keys() >= {a, b, a + b}:
+        if not a or not b or not ids.keys() >= {a, b, a + b} or a + b in special:
             raise ValueError(f"merge {rank} ({a!r}, {b!r}) is not of two tokens into a third")
         merges[ids[a], ids[b]] = rank, ids[a + b]
     return (vocab, merges, special, pattern,
@@ -466,7 +467,7 @@ def read_tokenizer_json(content):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file that gets its name when it is complete: whatever happens, nobody finds half of it."""
+    """A file that gets its name when it is complete. (kill -9 leaves the .part file: delete it.)"""
     temporary = Path(f"{path}.{os.getpid()}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -476,13 +477,12 @@ def whole_file(path):
             os.fsync(file.fileno())                          # a full disk shows here at the latest
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or path) from None
+        raise OSError(error.errno, error.strerror or error, error.filename or path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 def write_json(path, content):
-    """Indented, so that people can read it."""
-    with whole_file(path) as file:
+    with whole_file(path) as file:      # indented, so that people can read it
         file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
 
 # ---------------------------------------------------------------- chats
@@ -498,10 +498,10 @@ CHAT_TEMPLATE = (
 def encode_chat(tokenizer, messages, first_trained=0, reply=False):
     """[{"role": "user", "content": "Hi"}, ...] -> ids, mask. mask is 1 for tokens to learn: what
     the assistant says and the <|im_end|> by which it stops, from message number first_trained on,
-    except in messages of "weight" 0. Contents are only text. reply opens the assistant's next turn:
-    a prompt. It ends with a role, so roles and contents are encoded apart. (transformers joins
-    them: where a content begins with blanks, its ids can differ.)
-    """
+    except in messages of "weight" 0. Contents are only text: no user can end a turn by writing
+    <|im_end|>. reply opens the assistant's next turn: a prompt. It ends after a role, so roles and
+    contents are always encoded apart. (transformers, with the template, joins them: where a content
+    begins with blanks, ids can differ, and <|im_end|> in a content ends the turn.)"""
     if not tokenizer.special_tokens.keys() >= {*CHAT_TOKENS}:
         raise ValueError(f"this tokenizer has no {' and '.join(CHAT_TOKENS)}: see bpe.py chat")
     start, end = (tokenizer.special_tokens[name] for name in CHAT_TOKENS)
@@ -524,7 +524,7 @@ ROLES = ("system", "user", "assistant", "tool")
 def messages(value, role) -> list[dict]:
     """What role says, a string, or a list of messages -> the list, checked"""
     chat = [{"role": role, "content": value}] if isinstance(value, str) else value
-    for message in chat if chat and isinstance(chat, list) else [None]:
+    for message in chat if isinstance(chat, list) and chat else [None]:         # None is refused
         if not (isinstance(message, dict) and isinstance(message.get("content"), str)
                 and message.get("role") in ROLES and message.get("weight") in (None, 0, 1)):
             raise ValueError(f'a chat must be a list of {{"role": {"|".join(ROLES)}, "content": '
@@ -609,8 +609,9 @@ def read_rows(path, at, begins, text):
             if line.strip():
                 yield True, conversations(json.loads(line))
         except (ValueError, RecursionError) as error:
-            with open(path, "rb") as stream:
-                number += stream.read(at).count(b"\n")
+            with open(path, "rb") as stream:    # count the lines before, without a copy of them all
+                blocks = iter(lambda: stream.read(min(SLICE, at - stream.tell())), b"")
+                number += sum(block.count(b"\n") for block in blocks)
             raise ValueError(f"{path}, line {number}: {error}") from None
 
 def count_slice(piece, pattern):
@@ -632,24 +633,25 @@ def encode_slice(piece, tokenizer):
                 ids.append([tokenizer.special_tokens[tokenizer.divider]])
             ids.append(tokenizer.encode_array(row))
             continue
-        numbers[("chats", "pairs")[len(row) - 1]] += 1
-        for messages, first_trained in row:
-            chat_ids, chat_mask = encode_chat(tokenizer, messages, first_trained)
+        numbers["chats" if len(row) == 1 else "pairs"] += 1
+        for chat in row:
+            chat_ids, chat_mask = encode_chat(tokenizer, *chat)
             ids.append(chat_ids)
             mask += chat_mask
             lengths.append(len(chat_ids))
     ids = np.concatenate([np.asarray(some, tokenizer.dtype) for some in ids])
-    numbers["tokens"], raw = len(ids), "".join(texts).encode("utf-8", "surrogatepass")
-    numbers["bytes"] = len(raw)
+    raw = "".join(texts).encode("utf-8", "surrogatepass")
+    numbers.update(tokens=len(ids), bytes=len(raw))
     if piece[2] and raw:                      # what gzip needs for the first MB, to compare with
         numbers.update(gzip_in=len(raw), gzip_out=len(zlib.compress(raw)))
     return numbers, ids, np.array(mask, np.uint8), np.array(lengths, np.int64)
 
 def share(*values):
-    """Begins a process: keeps what all slices need, and leaves Ctrl-C to the parent."""
+    """Begins a process: keeps what all slices need, such as a tokenizer with its cache."""
     global shared
     shared = values
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent answers Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def work_on(piece):
     """What a process is asked to do: function(slice, value), with the values that share() kept."""
@@ -693,8 +695,7 @@ def train_command(args):
         counts.update(some)
     tokenizer = Tokenizer.train(counts, args.vocab_size, (DIVIDERS[0], *CHAT_TOKENS), pattern)
     tokenizer.save(args.out)
-    longest = max(tokenizer.id_of, key=len).decode(errors="replace")
-    print(f"{args.out}: {len(tokenizer):,} tokens, the longest {longest!r}")
+    print(f"{args.out}: {len(tokenizer):,} tokens")
 
 def encode_command(args):
     """turn text or chats into a file of token ids"""
@@ -728,7 +729,7 @@ def encode_command(args):
         if parts:
             ids, mask, lengths = map(np.concatenate, zip(*parts))
             np.savez(file, ids=ids, mask=mask, offsets=np.cumsum(np.append(0, lengths)))
-        else:                                 # of equal length: numpy leaves room for digits
+        else:           # as long as the first one, because numpy leaves room for more digits
             np.lib.format.write_array_header_1_0(file, header | {"shape": (numbers["tokens"],)})
         sidecar.unlink(missing_ok=True)       # no old one beside a new file
     write_json(sidecar, {
@@ -742,8 +743,10 @@ def chat_command(args):
     Tokenizer.load(args.tokenizer)            # refuses what is not implemented
     file = tokenizer_file(args.tokenizer)
     paths = [file, *map(file.with_name, FILES[1:])]
-    tokenizer, config, generation = (json.loads(path.read_text(encoding="utf-8"))
-                                     if path.exists() else {} for path in paths)
+    tokenizer, config, generation = contents = [
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths]
+    if not all(isinstance(content, dict) for content in contents):
+        raise ValueError(f"{file.parent}: one of {', '.join(FILES)} holds no JSON object")
     added = tokenizer["added_tokens"] = tokenizer.get("added_tokens") or []
     ids = {token["content"]: token["id"] for token in added}
     for name in CHAT_TOKENS:
@@ -751,15 +754,14 @@ def chat_command(args):
             ids[name] = 1 + max([*tokenizer["model"]["vocab"].values(), *ids.values()])
             tokenizer["model"]["vocab"][name] = ids[name]   # or tokenizers would choose an id
             added.append({"id": ids[name], "content": name, "special": True} | AS_IT_IS)
-    start, end = (ids[name] for name in CHAT_TOKENS)
+    end = ids[CHAT_TOKENS[1]]
     config |= {"chat_template": CHAT_TEMPLATE, "eos_token": CHAT_TOKENS[1]}
     ends = generation.get("eos_token_id")                   # an id, a list of them, or None
     ends = ends if isinstance(ends, list) else [ends]
-    generation["eos_token_id"] = sorted({*ends, end} - {None})
+    generation["eos_token_id"] = sorted({end, *(i for i in ends if isinstance(i, int))})
     for name, content in zip(FILES, (tokenizer, config, generation)):
         write_json(Path(args.out, name), content)
-    print(f"{args.out}: a reply begins after {CHAT_TOKENS[0]} ({start}) and ends with "
-          f"{CHAT_TOKENS[1]} ({end})")
+    print(f"{args.out}: a reply ends with {CHAT_TOKENS[1]} ({end})")
 
 def show_command(args):
     """show text in tokens of two colours, or chats with what is learned in green"""
@@ -790,8 +792,7 @@ ARGUMENTS = {
                   help=".txt, .jsonl, or a folder of them; for show, also the text itself"),
     "--tokenizer": dict(required=True, metavar="DIR", help="what holds tokenizer.json"),
     "--out": dict(required=True, help="DIR; for encode FILE.npy, or for chats FILE.npz"),
-    "--vocab_size": dict(type=int, required=True, help="number of tokens; more: shorter encodings, "
-                         "larger embeddings"),
+    "--vocab_size": dict(type=int, required=True, help="number of tokens"),
     "--pattern": dict(default="llama3", choices=PATTERNS,
                       help="how text is split before merging [%(default)s]"),
     "--part": dict(nargs=2, default=(0, 1), metavar=("A", "B"), type=float,
@@ -822,21 +823,21 @@ def main(argv=None) -> int:
 
 # ---------------------------------------------------------------- the same functions, faster
 
-# You can skip this section. merge_fast() returns what merge() returns, and learn_fast() what
-# learn() returns; tests compare them on thousands of random texts.
+# merge_fast() returns what merge() returns, and learn_fast() what learn() returns: tests compare
+# them on thousands of random texts. You can skip this section.
 
 def merge_fast(ids: list[int], merges: dict) -> list[int]:
     """merge() in n log n steps instead of n * n: a chunk of a million bytes takes seconds.
 
     A heap finds the lowest rank. The tokens are a doubly linked list: position i holds a token, and
     after[i] and before[i] are its neighbours. The list is a ring, closed by one empty position, so
-    that its ends need no case of their own.
-    """
+    that its ends need no case of their own. Example "abc": tokens [a, b, c, None], after
+    [1, 2, 3, 0], before [-1, 0, 1, 2], where -1 is the last position."""
     tokens = [*ids, None]
     after = [*range(1, len(tokens)), 0]
     before = [-1, *range(len(ids))]
     merge_at = [merges.get(pair) for pair in itertools.pairwise(tokens)] + [None]
-    heap = sorted((merge, i) for i, merge in enumerate(merge_at) if merge)  # such a list is a heap
+    heap = sorted((merge, i) for i, merge in enumerate(merge_at) if merge)  # sorted lists are heaps
     while heap:
         merge, i = heapq.heappop(heap)
         if merge_at[i] != merge:                            # one of the two has merged meanwhile
@@ -859,7 +860,8 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
        go, and (x, [ab]) and ([ab], y) come.
     2. A heap finds the most frequent pair. A count is complete once the younger token of its pair
        has been made, and only falls from then on. So an entry of the heap is right or too high. If
-       it is too high when it comes up, it goes back with the right count.
+       it is too high when it comes up, it goes back with the right count. If it is right, no pair
+       beats it, and equal ones stand in the order of their ids, as learn() takes them.
     """
     words = [chunk.encode().decode("latin-1") for chunk in counts]       # as in learn()
     weights = [*counts.values()]
@@ -870,7 +872,7 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
             words_with[a + b].append(number)
     heap = sorted((-n, pair) for pair, n in count.items())
     merges = []
-    while heap and heap[0][0] < 0 and len(merges) < n_merges:       # 0: no pair is left
+    while heap and heap[0][0] < 0 and len(merges) < n_merges:       # 0: none is left anywhere
         n, pair = heapq.heappop(heap)
         if n != -count[pair]:
             heapq.heappush(heap, (-count[pair], pair))
@@ -878,19 +880,17 @@ def learn_fast(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
         (a, b), new = pair, chr(256 + len(merges))
         merges.append((ord(a), ord(b)))
         come = defaultdict(list)                            # the words with each new pair
-        for number in words_with.pop(pair):
-            word, weight = words[number], weights[number]
-            while (at := word.find(pair)) >= 0:             # -1: another merge took a or b
-                x, y = word[at - 1:at], word[at + 2:at + 3]              # "" at an edge of the word
-                if x:
-                    count[x + a] -= weight
-                    count[x + new] += weight
-                    come[x + new].append(number)
-                if y:
-                    count[b + y] -= weight
-                    count[new + y] += weight
-                    come[new + y].append(number)
-                word = words[number] = word[:at] + new + word[at + 2:]
+        for number in set(words_with.pop(pair)):
+            parts = words[number].split(pair)       # only one, if another merge took all a or b
+            words[number], last = new.join(parts), len(parts) - 1
+            for i in range(last):                   # the pair between parts i and i + 1, and what
+                x = parts[i][-1:] or (new if i else "")     # stands before: here "" is the edge
+                y = parts[i + 1][:1] or (a if i + 1 < last else "")
+                for stays, goes, comes in (x, x + a, x + new), (y, b + y, new + y):
+                    if stays:
+                        count[goes] -= weights[number]
+                        count[comes] += weights[number]
+                        come[comes].append(number)
         words_with.update(come)
         for pair in come:
             heapq.heappush(heap, (-count[pair], pair))
