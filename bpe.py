@@ -287,7 +287,7 @@ class Tokenizer:
         merges = learn_fast(counts, max(0, vocab_size - fixed))
         if vocab_size != fixed + len(merges):
             raise ValueError(f"vocab_size {vocab_size}: bytes and special tokens need {fixed}" + (
-                f", and for this text {fixed + len(merges)} is most" if vocab_size > fixed else ""))
+                f"; this text allows at most {fixed + len(merges)}" if vocab_size > fixed else ""))
         vocab = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
             vocab.append(vocab[a] + vocab[b])

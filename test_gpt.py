@@ -148,6 +148,9 @@ def test_learning_and_merging_worked_out_by_hand():
     merges = {(97, 97): (0, 256), (97, 98): (1, 257), (256, 257): (2, 258)}
     for merge in bpe.merge, bpe.merge_fast:
         assert merge(list(b"aaabdaaabac"), merges) == [258, 100, 258, 97, 99]
+    assert Tokenizer.train("aaab", 257).merges == {(97, 97): (0, 256)}
+    # One long chunk must not take hours: each merge halves a run of a million.
+    assert bpe.learn_fast({"a" * 2**20: 1}, 9) == [(97, 97), *((i, i) for i in range(256, 264))]
 
 def test_the_fast_forms_equal_the_plain_ones():
     """With ties, runs of one letter, huge counts, characters of one to four bytes."""
@@ -274,7 +277,7 @@ def test_text_becomes_a_special_token_only_where_that_is_allowed_by_name(saved, 
     text = "a<|im_end|>b<|endoftext|><|im_start|><think>"
     for allowed, found in (((), []), (["<|im_end|>"], [END]), (["<think>"], [1500]),
                            ("all", [END, DIVIDER, START, 1500])):
-        ids = ours.encode(text, allowed)
+        ids = ours.encode(text, allowed if allowed == "all" else iter(allowed))
         assert [i for i in ids if i >= DIVIDER] == found and ours.decode(ids) == text
     refuses("nobody", ours.encode, text, ["<|nobody|>"])
 
@@ -386,7 +389,8 @@ def test_chat_adds_what_is_missing_and_transformers_has_the_template(tokenizer, 
                                       m["vocab"].update({last: 1999})))     # a gap between the ids
     change_json(old / "tokenizer_config.json", eos_token={"__type": "AddedToken", "content": "<s>"})
     change_json(old / "generation_config.json", eos_token_id=7)
-    assert bpe.main(["chat", "--tokenizer", str(old), "--out", str(new)]) == 0
+    command = ["chat", "--tokenizer", str(old), "--out", str(new)]
+    assert bpe.main(command) == 0
     ours = Tokenizer.load(new)
     assert ours.special_tokens == {SPECIAL[1]: 2000, SPECIAL[2]: 2001}
     made = np.load(encode([{"messages": CHAT}], tmp_path / "chats.npz", new))
@@ -399,6 +403,8 @@ def test_chat_adds_what_is_missing_and_transformers_has_the_template(tokenizer, 
             assert theirs["input_ids"] == bpe.encode_chat(ours, turns, reply=reply)[0]
     ends = gpt.read_json(new / "generation_config.json")["eos_token_id"]
     assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
+    (old / "generation_config.json").write_text("[]")
+    assert bpe.main(command) == 2
 
 def test_show_paints_every_byte_or_a_question_mark_where_a_terminal_cannot(saved, tmp_path):
     lines = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}])
@@ -413,6 +419,8 @@ def test_show_paints_every_byte_or_a_question_mark_where_a_terminal_cannot(saved
 @pytest.mark.parametrize("says, change", [
     ("merge 7", lambda c, m: m["merges"].insert(7, ["zq", "x"])),       # of unknown parts
     ("merge 7", lambda c, m: m["merges"].insert(7, ["", "e"])), ("model", lambda c, m: c.clear()),
+    ("merge 0", lambda c, m: c["added_tokens"].append(c["added_tokens"][0] | {    # text would
+        "id": 256, "content": "".join(m["merges"][0])})),       # become a special token by it
     ("65", lambda c, m: m["vocab"].update(e=65)),                       # an id twice
     ("1000000000", lambda c, m: m["vocab"].update(e=10**9)),            # a list that fills memory
     ("Ġ", lambda c, m: m["vocab"].pop("Ġ")), ("Unigram", lambda c, m: m.update(type="Unigram")),
@@ -2003,7 +2011,8 @@ REFUSED = {
         "--vocab_size 300 *--batch_tokens 100* => 256", "*--block_size* 0", "*--lr* 0",
         "*--lr* inf", "*--weight_decay* nan", "*--micro_batch* auto", "--out run => --resume",
         "--fsdp --optimizer muon => adamw", "--model mute => tokenizer.json", "*--device* tpu",
-        "--model run --block_size *512*", "--model run --block_size 16 *--n_layer* 2",
+        "--model run --block_size *512*", *(f"--model run --block_size 16 *--{name}* 9"
+                                            for name in ("n_layer", "vocab_size")),
         *(f"--model model --block_size 16 --data {ids} --val_data {ids} => same tokenizer"
           for ids in ("i.npy", "other/i.npy"))],
     "finetune": ["--data chats.jsonl => sft, or dpo",
@@ -2186,10 +2195,46 @@ def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
         assert all(np.array_equal(encode(corpus), ours.encode(corpus))
                    for encode in encoders.values())
 
+def run_of(choice: str, seed: int, steps: int) -> tuple[float, float]:
+    """A run of train.py on the plays -> (bits per byte of all held-out text, seconds)"""
+    torch.set_num_threads(1)
+    sys.stdout, run, out = open(os.devnull, "w"), train.run, tempfile.mkdtemp()
+    flags, (name, _, value) = [choice] * choice.startswith("--"), choice.partition("=")
+    parts = {name: value != "false" and value} if choice and not flags else {}
+    train.GPTConfig = partial(GPTConfig, **parts)
+    GPT.save_pretrained = lambda *_: None           # no family has just any mixture of parts
+    train.run = lambda script, *rest: script == "bpe.py" and run(script, *rest)
+    train.main([*flags, f"--seed={seed}", f"--max_steps={steps}", f"--eval_every={steps}",
+                f"--out={out}"])
+    last = read_lines(Path(out, "metrics.jsonl"))[-1]
+    return last["val_bpb"], last["seconds"]
+
+def bench_choices(choices: list[str], steps=300, seeds=(1, 2, 3)):
+    """What each choice, a flag of train.py or a part in GPTConfig, costs and buys: after as many
+    steps as the default, and after as many seconds. On each core one run at a time."""
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"),
+                               max_tasks_per_child=1)
+    def runs(steps: dict) -> dict:
+        some = {choice: [pool.submit(run_of, choice, seed, n) for seed in seeds]
+                for choice, n in steps.items()}
+        return {choice: np.array([run.result() for run in some[choice]]) for choice in steps}
+    equal_steps = runs(dict.fromkeys(["", *choices], steps))
+    seconds = {choice: np.median(found[:, 1]) for choice, found in equal_steps.items()}
+    equal_time = runs({choice: round(steps * seconds[""] / seconds[choice]) for choice in choices})
+    print(f"{steps} steps, mean of {len(seeds)} seeds ± half their range, torch {torch.__version__}"
+          f"\n{'':30} time   bits per byte after as many steps   after as many seconds")
+    for choice in seconds:
+        bits = [some[choice][:, 0] for some in (equal_steps, equal_time) if choice in some]
+        print(f"{choice or 'as train.py comes':30} {seconds[choice] / seconds['']:4.2f}", *(
+            f"{of_one.mean():16.4f} ± {np.ptp(of_one) / 2:.4f}" for of_one in bits))
+
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
-        sys.exit("python test_gpt.py bench [DIR ...] measures speed; the tests run by: pytest")
-    for folder in map(Path, sys.argv[2:]):      # a checkout of nanoGPT, or the directory of a model
-        (bench_training if (folder / "model.py").exists() else bench_model)(folder)
-    if not sys.argv[2:]:
+        sys.exit("python test_gpt.py bench measures speed; the tests run by: pytest")
+    names = sys.argv[2:]            # checkouts of nanoGPT, directories of models; or choices
+    if "=" in "".join(names):
+        bench_choices(names)
+    elif not names:
         bench_tokenizers()
+    for folder in map(Path, names if "=" not in "".join(names) else ()):
+        (bench_training if (folder / "model.py").exists() else bench_model)(folder)

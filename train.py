@@ -359,7 +359,7 @@ def train(argv=None) -> int:
     c, parameters, flops = model.config, model.count_parameters(), model.flops_per_token(T)
     insist(vocab_size <= c.vocab_size and T <= c.block_size, f"{args.model} has {c.vocab_size} "
            f"tokens and sees {c.block_size}; needed are {vocab_size} and --block_size {T}")
-    for name in "n_layer", "n_embd", "n_head", "n_kv_head":
+    for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head") if args.model else ():
         insist(getattr(args, name) in (None, getattr(c, name)), f"--{name} is for a new model; "
                f"{args.model} has {getattr(c, name)}")
     scale_run(args, model, len(train_data))
