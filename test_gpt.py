@@ -385,8 +385,8 @@ def test_chat_adds_what_is_missing_and_transformers_has_the_template(tokenizer, 
         for turns, reply in (said, False), (said[:-1], True):
             theirs = peer.apply_chat_template(turns, add_generation_prompt=reply, return_dict=True)
             assert theirs["input_ids"] == bpe.encode_chat(ours, turns, reply=reply)[0]
-    ends = gpt.read_json(new / "generation_config.json")["eos_token_id"]
-    assert peer.eos_token == "<|im_end|>" and ends == [7, peer.eos_token_id]
+    assert peer.eos_token == "<|im_end|>"
+    assert gpt.read_json(new / "generation_config.json")["eos_token_id"] == [7, peer.eos_token_id]
     (old / "generation_config.json").write_text("[]")
     assert bpe.main(command) == 2
 
@@ -428,8 +428,7 @@ def test_a_full_disk_and_an_interrupt_leave_the_old_file_whole(saved, tmp_path):
     said = finish(HERE, *command, code=2,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     assert "x.npy" in said and "Traceback" not in said
-    process = start(HERE, *command, start_new_session=True,
-                    # a shell's background job would pass on that it ignores Ctrl-C
+    process = start(HERE, *command, start_new_session=True,     # a background job ignores Ctrl-C
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not any(path.stat().st_size > 1000 for path in tmp_path.glob("*.part")):
         time.sleep(0.01)                                     # until all processes are at work
@@ -888,8 +887,7 @@ def test_an_epoch_shows_every_window_once_and_a_batch_follows_from_seed_and_step
     assert len(first) == 2      # each epoch is cut at positions of its own
     made, make = [], np.random.RandomState          # at most one generator for each epoch
     monkeypatch.setattr(np.random, "RandomState", lambda seed: made.append(seed) or make(seed))
-    assert torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=5)[0])
-    assert len(made) <= 2
+    assert torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=5)[0]) and len(made) <= 2
     assert not torch.equal(drawn[-1][0], train.batch(tokens, 21, rows, T, seed=6)[0])
     assert train.batch(tokens[:T + 1], 3, 2, T, 1)[1].tolist() == [list(range(1, 11))] * 2
     for script in train, finetune:      # RandomState([1, 0]) of numpy 1.26 and 2.4: frozen (NEP 19)
@@ -978,11 +976,10 @@ def assert_same_curve(ours, theirs, rel, steps=None):
 
 @pytest.fixture(scope="module")
 def reference_run(scripts):
-    """A run of 60 steps that nothing disturbs, to compare others with: its folder, what it said,
-    its tokens. The others need not speak at their end, which would take longer than they do."""
+    """A run of 60 steps that nothing disturbs: its folder, what it said, its tokens."""
     said = finish(scripts, "train.py", "--data", "manual.txt", "--out", "out/reference",
                   "--max_steps", 60, "--save_every", 7, *SMALL)
-    (scripts / "sample.py").write_text("")
+    (scripts / "sample.py").write_text("")      # others need not speak at their end: it takes long
     [tokens] = scripts.glob("data/tokens/manual-300-*/train.npy")
     return scripts / "out/reference", said, tokens
 
@@ -1031,7 +1028,6 @@ def test_a_run_learns_says_what_it_does_and_speaks(reference_run):
                    "bits per byte (gzip needs", "$ python sample.py --curves out/reference",
                    "$ python sample.py out/reference", "Now you:"):
         assert needed in said, needed
-    # bits per byte, by hand: nats of the whole held-out text / its bytes / ln 2
     last = read_lines(folder / "metrics.jsonl")[-1]
     held_out = MANUAL.encode()[int(len(MANUAL.encode()) * 0.9):]
     nats = last["val_loss"] * last["val_tokens"]
@@ -1125,8 +1121,7 @@ def test_pieces_ranks_and_shards_change_no_loss_in_fp64(command, scripts, tmp_pa
     assert losses(tmp_path / "dpo--micro_batch=4")[0][1] == pytest.approx(math.log(2), abs=1e-6)
 
 def test_any_number_of_ranks_walks_the_same_curve(here, scripts, tmp_path):
-    # The same 30 steps: by one rank; and begun by one, continued by two, then by two with shards,
-    # each stopped by SIGTERM, as a scheduler does, and ended by one. The batch is derived.
+    # By one rank; and by one, two, two with shards, all stopped, then one. The batch is derived.
     arguments = ["--data", "manual.txt", *SMALL[:-2], "--dropout", 0, "--max_steps", 30,
                  "--eval_every", 10, "--out"]
     assert train.main(list(map(str, [*arguments, tmp_path / "alone"]))) == 0
@@ -1170,9 +1165,7 @@ def test_a_kill_at_any_write_is_mended_by_resuming(what, flags, here, tmp_path, 
     last = read_lines(whole / "metrics.jsonl")[-1]
     if what == "dpo":
         assert last["val_accuracy"] > 0.7 and last["val_loss"] < math.log(2)
-    writes = len(calls)
-    assert writes > 8
-    for number in range(writes - 8, writes + 1):        # some of the save before, all of the last
+    for number in range(len(calls) - 8, len(calls) + 1):    # some of one save, all of the last
         out = tmp_path / str(number)
         calls.clear()
         with pytest.raises(SystemExit, match="killed"):
@@ -1421,7 +1414,6 @@ def talk(speaker_dir, monkeypatch, capsys):
     return of
 
 def spoken(tokenizer, ids) -> str:
-    """decode, less the ids that only the model has."""
     return tokenizer.decode(i for i in ids if i < len(tokenizer))
 
 def figures(folder, path, patterns=None, count=200, **how) -> dict:
@@ -1440,7 +1432,6 @@ def test_a_seed_repeats_a_text_and_a_long_prompt_loses_its_beginning(speaker_dir
     assert texts[0] == texts[1] != texts[2]
 
 def test_streamed_text_is_the_text_of_its_tokens(speaker_dir, tokenizer, capsys):
-    """Byte for byte, with halves of characters, and ids that the tokenizer doesn't know."""
     text, model, said, largest = "naïve 🙂 中文 ", GPT.from_pretrained(speaker_dir), [], 0
     prompt = tokenizer.encode(text)
     for seed in range(8):
@@ -1572,7 +1563,6 @@ def test_eval_of_preferences_and_chats_by_hand(speaker_dir, tokenizer, tmp_path,
         before, *ends = [tokenizer.encode(text, "all") for text in (before, *texts)]
         costs = [cost_by_hand(model, before, end) for end in ends]
         right += costs[0] < costs[1]
-        # of a chat, what the assistant says counts
         nats, count = nats + as_chat * costs[0], count + as_chat * len(ends[0])
     found = figures(speaker_dir, write_lines(tmp_path / "b.jsonl", pairs))
     assert found["acc"][0] == pytest.approx(right / 20) and 0 < right < 20
@@ -1985,14 +1975,12 @@ REFUSED = {
         *(f"{name}.jsonl => line 2" for name in ("six", "nothing", "kinds"))]}
 
 @pytest.mark.parametrize("begin, row", [(key, row) for key in REFUSED for row in REFUSED[key]])
-def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, scripts, monkeypatch, capfd, begin, row):
+def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, here, monkeypatch, capfd, begin, row):
     row, _, found = row.partition(" => ")
     named = re.findall(r"\*(.+?)\*", row)
     script, *flags = f"{begin} {row.replace('*', '')}".split()
     before = sorted(bad_inputs.rglob("*"))
     monkeypatch.chdir(bad_inputs)
-    for module in train, finetune:
-        monkeypatch.setattr(module, "HERE", scripts)        # where data/tokens would appear
     try:
         code = sys.modules[script].main(flags)
     except SystemExit as stopped:       # bpe.py has said what was wrong
@@ -2001,7 +1989,7 @@ def test_bad_input_is_one_line_and_exit_code_2(bad_inputs, scripts, monkeypatch,
     assert (named or found) and all(name in err for name in named), err
     assert code == 2 and err.count("\n") == 1 and re.search(found, err), (code, err)
     assert sorted(bad_inputs.rglob("*")) == before
-    assert not list(scripts.glob("data/tokens/*/*.part"))
+    assert not list(train.HERE.glob("data/tokens/*/*.part"))        # HERE: see here()
 
 # ---------------------------------------------------------------- the benchmark
 
@@ -2108,8 +2096,7 @@ def bench_model(folder: Path):
             eight_steps, npz, folder, how) for name, how in contenders.items()}, rounds=1)
 
 def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
-    """Run it under `taskset -c 0`: on one core each. The texts are made of what every Python has,
-    so anyone can repeat this, but they are more repetitive than a real corpus."""
+    """Use `taskset -c 0`, for one core each. Real texts repeat less than what every Python has."""
     first = 0x410, 0x3B1, 0x5D0, 0x621, 0x905, 0xE01, 0x3042, 0x4E00, 0x4F00, 0xAC00, 0xE0
     some = [word for c in first for word in words(5500, [*map(chr, range(c, c + 24))], 9, seed=c)]
     random.Random(0).shuffle(some)      # all scripts have words that come often, as by Zipf's law
@@ -2149,18 +2136,17 @@ def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
 def runs_of(choice: str, steps: int) -> np.ndarray:
     """Three runs of train.py on the plays, each (bits per byte of all held-out text, seconds)"""
     torch.set_num_threads(1)
-    sys.stdout, run, flags, found = open(os.devnull, "w"), train.run, [], []
+    sys.stdout, run, found = open(os.devnull, "w"), train.run, []
     train.run = lambda script, *rest: script != "sample.py" and run(script, *rest)
     GPT.save_pretrained = lambda *_: None           # no family has just any mixture of parts
-    if choice.startswith("--"):
-        flags = [choice]
-    elif choice:
+    flag = choice if choice.startswith("--") else ""
+    if choice and not flag:
         name, value = choice.split("=")
         train.GPTConfig = partial(GPTConfig, **{name: value != "false" and value})
     for seed in 1, 2, 3:
         out = tempfile.mkdtemp()
-        train.main([*flags, f"--seed={seed}", f"--max_steps={steps}", f"--eval_every={steps}",
-                    f"--out={out}"])
+        flags = f"{flag} --seed {seed} --max_steps {steps} --eval_every {steps} --out {out}"
+        train.main(flags.split())
         last = read_lines(Path(out, "metrics.jsonl"))[-1]
         found.append((last["val_bpb"], last["seconds"]))
     return np.array(found)
