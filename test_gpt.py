@@ -2149,21 +2149,23 @@ def runs_of(choice: str, steps: int) -> np.ndarray:
         found.append((last["val_bpb"], last["seconds"]))
     return np.array(found)
 
-def bench_choices(choices: list[str], steps=300):
+def bench_choices(choices: list[str], steps=150):
     """What each choice, a flag of train.py or a part in GPTConfig, costs and buys: after as many
     steps as the default, and after as many seconds. On each core one run at a time."""
     names, pool = ["", *choices], ProcessPoolExecutor(
         os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     equal_steps = dict(zip(names, pool.map(runs_of, names, [steps] * len(names))))
     seconds = {name: np.median(found[:, 1]) for name, found in equal_steps.items()}
-    as_long = [round(steps * seconds[""] / seconds[choice]) for choice in choices]
-    equal_time = dict(zip(choices, pool.map(runs_of, choices, as_long)))
+    slower = {name: seconds[name] / seconds[""] for name in names}
+    others = [name for name in names if abs(slower[name] - 1) > 0.05]
+    fits = [round(steps / slower[name]) for name in others]
+    equal_time = equal_steps | dict(zip(others, pool.map(runs_of, others, fits)))
     print(f"{steps} steps, mean of 3 seeds ± half their range, torch {torch.__version__}"
-          f"\n{'':30} time   bits per byte after as many steps   after as many seconds")
+          f"\n{'':26} time   bits per byte after as many steps   after as many seconds")
     for name in names:
-        bits = [runs[name][:, 0] for runs in (equal_steps, equal_time) if name in runs]
-        print(f"{name or 'as train.py comes':30} {seconds[name] / seconds['']:4.2f}", *(
-            f"{of_three.mean():16.4f} ± {np.ptp(of_three) / 2:.4f}" for of_three in bits))
+        print(f"{name or 'as train.py comes':26} {slower[name]:4.2f}", *(
+            f"{runs[name][:, 0].mean():22.4f} ± {np.ptp(runs[name][:, 0]) / 2:.4f}"
+            for runs in (equal_steps, equal_time)))
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
