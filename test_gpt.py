@@ -1885,7 +1885,20 @@ def test_one_core_and_two_write_the_same_and_hostile_files_are_counted(
     assert json.loads(one[Path("report.json")])["unreadable"]["times"] == 3
     assert clean.main() == 2                                # not over an old run
 
-# ---------------------------------------------------------------- what all scripts refuse
+# ---------------------------------------------------------------- what all scripts refuse, README
+
+def test_the_readme_has_flags_that_exist_and_the_output_of_its_short_commands():
+    text, usage = (HERE / "README.md").read_text(encoding="utf-8"), {}
+    for code in re.findall(r"python -c '([^']*)'", text):       # those that need no trained model
+        said = finish(HERE, "-c", code).strip()
+        assert said and said in text, code
+    for script, rest in re.findall(r"((?:data/)?\w+\.py)((?: +[^\s`|<#;]+)*)",
+                                   text.replace("\\\n", " ")):
+        for flag in re.findall(r"--[a-z]\S*", rest) if (HERE / script).exists() else ():
+            asked = (script, *rest.split()[:script == "bpe.py"], "--help")
+            usage[asked] = usage.get(asked) or finish(HERE, *asked)
+            assert re.search(rf"{flag}\b", usage[asked]), f"{script}{rest}"
+
 
 @pytest.fixture(scope="module")
 def bad_inputs(reference_run, speaker_dir, finetune_dir, saved, tmp_path_factory):
