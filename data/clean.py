@@ -23,14 +23,14 @@ three examples, and what came out. --without RULE switches a rule off. The steps
 7 split        by a hash of the cluster of copies, so on one side. Parts of a book can be on both
 
 All cores work on steps 1 and 3 to 5, on one document at a time and in order; one process does the
-rest. So the output does not depend on the number of cores. Memory is 0.6 GB, 60 bytes for each
+rest. So the output does not depend on the number of cores. Memory is 0.6 GB, 100 bytes for each
 document, and for each core 0.2 GB and 150 bytes for each word of --against. All is built in
-OUT.<process id>.part, which becomes OUT at the end: after a kill, delete it and run again.
-The rules are for prose: for source code, and for Thai, which has no full stops, use --without
+OUT.<process id>.part, which becomes OUT at the end: after a kill, delete it and run again. The
+rules are for prose: for source code, and for Thai, which has no full stops, use --without
 sentence-ends short-lines. Left out, as each takes below 1% of what the others leave of 950 MB of
-manuals, web pages and code: mojibake; Gopher's rules on bullets, ellipses, paragraphs, commonest
-sequences and 6 to 10 words; FineWeb's on letters in repeated lines; C4's on sentences and cookies.
-On arXiv: C4 1910.10683, CCNet 1911.00359, FineWeb 2406.17557, Gopher 2112.11446, GPT-3 2005.14165.
+manuals, pages and code: mojibake; Gopher's bullets, ellipses, paragraphs, commonest sequences, 6 to
+10 words; FineWeb's letters in repeated lines; C4's sentences, cookies. On arXiv: C4 1910.10683,
+CCNet 1911.00359, FineWeb 2406.17557, Gopher 2112.11446, GPT-3 2005.14165.
 """
 import argparse
 import gzip
@@ -126,7 +126,7 @@ def normalize(text) -> str:
 # so nothing is lost altogether. Lines below LINE characters, like "}" or "Usage:", stay. To bound
 # the memory, LINES counts, of about 500 MB, are halved. So a line needs 4 documents in each 500 MB
 # (3 give 3, 1, 4, 2, 5, 2, 5), and 2 more may keep a known one. 60 bits of its hash stand for it.
-REPEATS, LINE, LINES = 5, 20, 5_000_000
+REPEATS, LINE, LINES = 5, 20, 5_000_000         # our choice
 
 def drop_boilerplate(documents, options, add):
     """(notes, source, text) of repair(), in order -> (source, text, text without boilerplate)"""
@@ -181,16 +181,16 @@ def again_in_sequences(words, hashes, n) -> float:
     return lengths[covered].sum() / max(1, lengths.sum())
 
 def evaluation_sequences(names) -> set[int]:
-    """Hashes of all sequences of 13 words, or 26 characters, in evaluation files. What is shorter
-    cannot be found. GPT-3 cuts the passage out of a document; here, the document goes."""
+    """Hashes of all sequences of 13 words, or of 26 characters without spaces, in evaluation files.
+    What is shorter is not found. GPT-3 cuts the passage out; here, the document goes."""
     found = set()
     for source, kind, data in read(names):
         if data == b"{" or b"\0" in data:
             raise ValueError(f"{source} is not text, .jsonl or .html")
         text = re.sub(r"\\u([0-9a-fA-F]{4})|\\[nrt]", lambda code: chr(int(code[1] or "20", 16)),
                       decode(kind.replace("jsonl", "text"), data))  # escapes would change words
-        hashes = words_of(normalize(text))[1]
-        found.update(sequences(hashes, 13).tolist(), sequences(hashes, 26).tolist())
+        for n in (13, 26) if re.search(f"[{NO_SPACES}]", text) else (13,):
+            found.update(sequences(words_of(normalize(text))[1], n).tolist())
     return found
 
 Document = namedtuple("Document", "text lines words hashes dense per_word stops exams")
