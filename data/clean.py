@@ -25,12 +25,12 @@ three examples, and what came out. --without RULE switches a rule off. The steps
 All cores work on steps 1 and 3 to 5, on one document at a time and in order; one process does the
 rest. So the output does not depend on the number of cores. Memory is 0.6 GB, 100 bytes for each
 document, and for each core 0.2 GB and 150 bytes for each word of --against. All is built in
-OUT.<process id>.part, which becomes OUT at the end: after a kill, delete it and run again. The
-rules are for prose: for source code, and for Thai, which has no full stops, use --without
-sentence-ends short-lines. Left out, as each takes below 1% of what the others leave of 950 MB of
-manuals, pages and code: mojibake; Gopher's bullets, ellipses, paragraphs, commonest sequences, 6 to
-10 words; FineWeb's letters in repeated lines; C4's sentences, cookies. On arXiv: C4 1910.10683,
-CCNet 1911.00359, FineWeb 2406.17557, Gopher 2112.11446, GPT-3 2005.14165.
+OUT.<process id>.part, which becomes OUT at the end: after a kill, delete it and run again.
+The rules are for prose: for source code, and for Thai, which has no full stops, use --without
+sentence-ends short-lines. Left out, as each takes below 1% of what the others leave of 950 MB:
+mojibake; six more rules of Gopher's; FineWeb's on letters in repeated lines; C4's on sentences and
+cookies. (On arXiv: C4 1910.10683, CCNet 1911.00359, FineWeb 2406.17557, Gopher 2112.11446, GPT-3
+2005.14165.)
 """
 import argparse
 import gzip
@@ -46,7 +46,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, namedtuple
-from functools import partial
+from functools import partial, partialmethod
 from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
@@ -92,8 +92,7 @@ class Page(HTMLParser):
         self.open[tag] = max(0, self.open[tag] + count)
         self.parts.append("" if tag in self.INLINE else "\n")
 
-    def handle_endtag(self, tag):
-        self.handle_starttag(tag, None, count=-1)
+    handle_endtag = partialmethod(handle_starttag, attrs=None, count=-1)
 
     def handle_data(self, data):
         if not any(self.open[tag] for tag in self.HIDDEN):
@@ -287,7 +286,8 @@ def repair(source, kind, data):
         text = normalize(decode(kind, data))
     except (ValueError, TypeError, KeyError, RecursionError, AssertionError):   # last: HTMLParser
         return [note("unreadable", source, data.decode("utf-8", "replace"))], source, None
-    return [note("in", source, text)], source, text
+    broken = [note("broken-utf-8", source, text)] * ("\ufffd" in text)
+    return [note("in", source, text), *broken], source, text
 
 def judge(options, evaluation, source, whole, text):
     """Steps 3 to 5 -> notes; if the document stays, its row, and its record for step 6"""
@@ -306,8 +306,8 @@ def judge(options, evaluation, source, whole, text):
                       for found in re.finditer(pattern, text)]
             text = re.sub(pattern, placeholder, text)
     grams = sequences(hashes, max(1, min(5, len(words))))
-    row = json.dumps({"text": text, "source": source}).encode() + b"\n"
-    return notes, row, record_of(whole, text, grams)
+    return (notes, json.dumps({"text": text, "source": source}).encode() + b"\n",
+            record_of(whole, text, grams))
 
 def parallel(pool, function, items):
     """function(*item) of items, in order, on all cores"""
@@ -328,7 +328,7 @@ def parallel(pool, function, items):
 def clean(options, out) -> dict:
     """All steps, with the result in the folder out -> the report"""
     report = {name: {"times": 0, "bytes": 0, "examples": []}
-              for name in ("unreadable", "in", *SWITCHES, "train", "val")}
+              for name in ("unreadable", "in", "broken-utf-8", *SWITCHES, "train", "val")}
     def add(notes):
         for rule, source, size, text in notes:
             entry, drops = report[rule], rule in {"unreadable", *LIMITS, "copies", "near-copies"}
@@ -389,11 +389,11 @@ def main() -> int:
         print(f"\nclean.py: {str(error) or type(error).__name__}; nothing written", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     sys.stdout.reconfigure(errors="backslashreplace")       # names of files need not be UTF-8
-    print(f"\n{'rule':14}{'times':>11}{'bytes':>17}{'share':>8}")
+    print(f"\n{'rule':14}{'times':>11}{'bytes':>17}{'share':>8}{'each':>9}")
     for name, entry in report.items():
         times, size, examples = entry.values()
-        print(f"{name:14}{times:11,}{size:17,}{size / max(1, report['in']['bytes']):8.2%}  "
-              f"{LIMITS.get(name, '')}", *examples, sep="\n    ")
+        print(f"{name:14}{times:11,}{size:17,}{size / max(1, report['in']['bytes']):8.2%}"
+              f"{size / max(1, times):9,.0f}  {LIMITS.get(name, '')}", *examples, sep="\n    ")
     return 0
 
 if __name__ == "__main__":
