@@ -1793,32 +1793,24 @@ def story(seed, n=200, letters="abcdefghij", space=" ", end=".", width=None):
     return "\n".join(space.join(words[i:i + 10])[:width] + end for i in range(0, n, 10))
 
 def cleaned(tmp_path, texts, *flags):
-    """Clean texts -> {rule: times} of the report; of each text, its side or the rule that dropped
-    it; what came out."""
+    """Clean texts -> of each, its side or the rule that dropped it; what is written of it."""
     path = write_lines(tmp_path / "raw.jsonl", [{"text": text} for text in texts])
-    out = tmp_path / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    finish(HERE, "data/clean.py", path, "--out", out, *flags)
-    report = gpt.read_json(out / "report.json")
-    rows = {rule: read_lines(out / rule / "text.jsonl") for rule in ("train", "val")}
-    where = {row["source"]: rule for rule in rows for row in rows[rule]}
-    where |= {row["source"]: row["rule"] for row in read_lines(out / "dropped.jsonl")}
-    order = sorted(where, key=lambda source: int(source.rpartition("@")[2]))
-    return ({rule: entry["times"] for rule, entry in report.items()},
-            [where[source] for source in order],
-            [row["text"] for row in rows["train"] + rows["val"]])
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    finish(HERE, "data/clean.py", path, "--out", tmp_path / "out", *flags)
+    rows = [{"rule": name[:-5]} | row for name in ("train/text", "val/text", "dropped")
+            for row in read_lines(tmp_path / f"out/{name}.jsonl")]
+    rows.sort(key=lambda row: int(row["source"].rpartition("@")[2]))
+    return [row["rule"] for row in rows], [row["text"] for row in rows]
 
 def test_signatures_estimate_the_jaccard_similarity():
     # 200 pairs: the mean of the errors, each sqrt(J (1 - J) / 112) < 0.048, is within 5 of its own
     # standard deviations, and the errors are as large as that formula says, give or take a fifth.
     errors = []
     for seed in range(200):
-        a, b = story(seed).split(), story(seed).split()
-        b[:seed // 2] = story(-1 - seed).split()[:seed // 2]
-        sets = [set(zip(*(words[i:] for i in range(5)))) for words in (a, b)]
+        a, b = story(seed), story(-1 - seed)[:3 * seed] + story(seed)[3 * seed:]
+        sets = [set(zip(*(text.split()[i:] for i in range(5)))) for text in (a, b)]
         j = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-        one, two = (clean.signature(clean.sequences(clean.words_of(" ".join(words))[1], 5))
-                    for words in (a, b))
+        one, two = (clean.signature(clean.sequences(clean.words_of(text)[1], 5)) for text in (a, b))
         errors.append(((one == two).mean() - j) / max(0.01, math.sqrt(j * (1 - j) / 112)))
     assert abs(np.mean(errors)) < 5 / math.sqrt(200) and 0.8 < np.std(errors) < 1.2
 
@@ -1832,58 +1824,66 @@ def test_words_that_come_again_as_counted_one_by_one():
 
 def test_copies_are_found_and_no_others(tmp_path):
     texts = [story(seed) for seed in range(60)]
-    words = texts[0].split(" ")
-    near = " ".join(words[:100] + ["other"] * 3 + words[103:])          # J = 189 / 203
-    texts += [texts[5], near, texts[7] + "\n" + story(1000, 10)]
-    taken, where, _ = cleaned(tmp_path, texts)
-    assert where[60:] == ["copies", "near-copies", "near-copies"]
-    assert taken["train"] + taken["val"] == 60 and taken["copies"] + taken["near-copies"] == 3
-    _, where, _ = cleaned(tmp_path, texts, "--val", 0.5, "--without", "copies", "near-copies")
+    near = texts[0].replace(" ".join(texts[0].split(" ")[100:103]), "other other other")
+    texts += [texts[5], near, texts[7] + "\n" + story(1000, 10)]       # near: J = 189 / 203
+    where, _ = cleaned(tmp_path, texts)
+    assert where[60:] == ["copies", *["near-copies"] * 2] and "copies" not in str(where[:60])
+    where, _ = cleaned(tmp_path, texts, "--val", 0.5, "--without", "copies", "near-copies")
     assert set(where) == {"train", "val"} and where[60:] == [where[5], where[0], where[7]]
+    # Short texts under two long menus, which five keep; one under the other menu; the first page.
+    texts = [story(1000 + i // 8, 600) + "\n" + story(i, 60) for i in range(16)]
+    texts += [story(1001, 600) + "\n" + story(7, 60), texts[0]]
+    assert cleaned(tmp_path, texts, "--val", 0)[0] == [
+        *["train", *["near-copies"] * 4, *["train"] * 3] * 2, "copies", "copies"]
 
-def test_rules_drop_what_they_are_for_in_whatever_script_it_is(tmp_path):
-    chinese = story(7, letters=[*map(chr, range(0x4e00, 0x5e00))], space="", end="。", width=24)
-    hindi = story(8, letters=["कि", "ती", "नु", "मो"], end="।")
-    texts = [story(1) + " the", "too short.", story(2).replace(".", ""), chinese, hindi,
-             story(3)[:300] + ".\n" + "12345 67890 1234\n" * 99, story(4, width=24),
-             "word. " + "\ufffd" * 99 + story(5), "\n".join(story(6).split("\n")[:8] * 9)]
-    assert cleaned(tmp_path, texts, "--val", 0)[1] == [
-        "train", "words", "sentence-ends", "train", "train", "numbers", "short-lines", "not-utf-8",
-        "lines-again"]
-    taken, where, _ = cleaned(tmp_path, texts, "--stop-words", "the", texts[0][:5], "--val", 0)
+def test_steps_2_to_5_take_what_they_are_for_in_whatever_script_it_is(tmp_path):
+    chinese = dict(letters=[*map(chr, range(0x4e00, 0x5e00))], space="", end="。", width=24)
+    menu, hindi = "Home | About | Our products | Contact", ["कि", "ती", "नु", "मो"]
+    texts = [story(1) + " the", "too short.", story(2).replace(".", ""), story(7, **chinese),
+             story(8, letters=hindi, end="।"), story(3)[:300] + ".\n" + "12345 67890 1234\n" * 99,
+             story(4, width=24), "word. " + "\ufffd" * 99 + story(5),
+             "\n".join(story(6).split("\n")[:8] * 9), "jane.doe@mail.example.org: " + story(10),
+             story(9, **chinese), *(menu + "\n" + story(seed) for seed in range(11, 20))]
+    texts[14] += "\nWrite to jane.doe@mail.example.org or +49 30 1234567, 8.8.8.8, not 1.2.3.4.5."
+    exam = write_lines(tmp_path / "exam.jsonl", [{"question": question} for question in (
+        " ".join(story(10).split()[50:63]), texts[3][:14], texts[10][:40])])    # 14 are too few
+    where, out = cleaned(tmp_path, texts, "--val", 0, "--against", exam)
+    assert where == ["train", "words", "sentence-ends", "train", "train", "numbers", "short-lines",
+                     "not-utf-8", "lines-again", "evaluation", "evaluation", *["train"] * 9]
+    assert [menu in text for text in out[11:]] == [True] * 5 + [False] * 4
+    assert out[14].endswith("to someone@example.com or +1 202 555 0100, 192.0.2.1, not 1.2.3.4.5.")
+    assert not any("jane" in path.read_text() for path in tmp_path.glob("out/**/*.json*"))
+    where, _ = cleaned(tmp_path, texts, "--stop-words", f"THE,{texts[0][:5]}", "--val", 0)
     assert where[0] == "train" and where[3:5] == ["stop-words"] * 2
 
-def test_lines_of_many_documents_evaluations_and_personal_data(tmp_path):
-    menu = "Home | About | Our products | Contact"
-    texts = [menu + "\n" + story(seed) for seed in range(10)]
-    texts[3] += "\nWrite to jane.doe@mail.example.org or +49 30 1234567, 8.8.8.8, not 1.2.3.4.5."
-    exam = write_lines(tmp_path / "exam.jsonl", [{"question": " ".join(story(8).split()[50:63])}])
-    taken, where, out = cleaned(tmp_path, texts, "--val", 0, "--against", exam)
-    assert taken["boilerplate"] == 5 and sum(menu in text for text in out) == 5     # the first five
-    assert where.pop(8) == "evaluation" and set(where) == {"train"}
-    assert out[3].endswith("to someone@example.com or +1 202 555 0100, 192.0.2.1, not 1.2.3.4.5.")
-
-def test_one_core_and_two_write_the_same_and_hostile_files_are_counted(
-        tmp_path, monkeypatch, capsys):
-    raw, found, all_cores = tmp_path / "raw", {}, os.sched_getaffinity(0)
-    raw.mkdir()
+def test_one_core_and_two_write_the_same_and_count_hostile_files(tmp_path, monkeypatch, capsys):
+    raw, found, all_cores = tmp_path / "raw", [], os.sched_getaffinity(0)
+    (raw / "out.1.part").mkdir(parents=True)        # of another run: neither read nor deleted
     write_lines(raw / "rows.jsonl", [{"text": story(seed, 900)} for seed in range(80)])
-    (raw / "bytes.txt").write_bytes(random.Random(0).randbytes(100_000))
-    (raw / "deep.jsonl").write_text("[" * 100_000 + "\n" + '{"text": 5}\n\n')
-    (raw / "cut.txt.gz").write_bytes(gzip.compress(story(99).encode())[:-20])
-    (raw / "nested.html").write_text("<div>" * 100_000 + story(777) + "<script>var</script>")
+    for name, data in {
+            "bytes": random.Random(0).randbytes(100_000), "a.html": b"<![x]>", "b.html": b"<nav>b",
+            "a\udcff.jsonl": b"[" * 100_000 + b'\n{"text": 5}\n\n{', "out.1.part/a.txt": b"a",
+            "cut.gz": gzip.compress(b"a")[:-9], "marks": b"\xcc\x81\xcc\x96" * 10**6,
+            "c.html": b"<div>" * 100_000 + story(777).encode() + b"<script>var</script>"}.items():
+        (raw / name).write_bytes(data)
+    (raw / "read.txt").symlink_to("/proc/self/mem")         # an OSError
     monkeypatch.setattr(clean, "BATCH", 1 << 16)            # many batches
     monkeypatch.setattr(multiprocessing, "Pool", multiprocessing.get_context("fork").Pool)
-    for number, cores in enumerate(({min(all_cores)}, all_cores)):
-        out = tmp_path / f"out{number}"
-        monkeypatch.setattr(sys, "argv", ["clean.py", str(raw), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["clean.py", str(raw), "--out", str(raw / "out")])
+    for cores in {min(all_cores)}, all_cores:
         os.sched_setaffinity(0, cores)
         assert clean.main() == 0 and not capsys.readouterr().err
-        found[out] = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.json*")}
-    one, two = found.values()
-    assert one == two and not list(tmp_path.glob("*.part"))
-    assert json.loads(one[Path("report.json")])["unreadable"]["times"] == 3
-    assert clean.main() == 2                                # not over an old run
+        out = (raw / "out").rename(tmp_path / f"out{len(found)}")
+        found.append([path.read_bytes() for path in sorted(out.rglob("*.json*"))])
+    dropped, report, *sides = found[0]
+    times = {rule: entry["times"] for rule, entry in json.loads(report).items()}
+    assert found[0] == found[1] and times["unreadable"] in (5, 6)   # new Pythons read a.html
+    assert b"".join([dropped, *sides]).count(b"\n") == times["in"] + times["unreadable"] == 94
+    assert [path.name for path in tmp_path.rglob("*.part*/*")] == ["a.txt"]
+    monkeypatch.setattr(clean, "normalize", lambda _: os._exit(1))      # and the process is gone
+    for sys.argv[1], sys.argv[3], error in ((str(raw), str(out), "already"), (
+            str(raw), f"{raw}/b", "killed"), (f"{raw}/read.txt", f"{raw}/b", "{'unreadable': 1}")):
+        assert clean.main() == 2 and error in capsys.readouterr().err
 
 # ---------------------------------------------------------------- what all scripts refuse, README
 
