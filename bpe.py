@@ -299,7 +299,7 @@ class Tokenizer:
         """Encode a text: "To be" -> [2514, 307] with GPT-2's vocabulary. Nothing is added to it.
 
         Text is only text, "<|endoftext|>" 13 characters, unless allowed_special names it (or is
-        "all"): then it is that one token. (The same for Qwen 3's <think>; not in tokenizers.)
+        "all"): then it is that one token. (The same for Qwen 3's `<think>`; not in tokenizers.)
         """
         names = self.special_tokens if allowed_special == "all" else list(allowed_special)
         if unknown := set(names) - self.special_tokens.keys():

@@ -248,7 +248,7 @@ def batch(data: Rows, step: int, rows: int, seed: int):
     return *pad(data, numbers), torch.from_numpy(data.reference[numbers])
 
 def pad(data: Rows, numbers):
-    """Rows of these numbers -> tokens (B, N, L), targets (B, N, L).
+    r"""Rows of these numbers -> tokens (B, N, L), targets (B, N, L).
 
         ids         <|im_start|> user \n Gone! <|im_end|> \n ... assistant \n Ay <|im_end|>
         mask              0        0   0   0       0       0         0      0  1      1
