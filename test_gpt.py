@@ -2145,11 +2145,13 @@ def bench_tokenizers(n_bytes=5_000_000, vocab_size=32768):
                    for encode in encoders.values())
 
 def runs_of(choice: str, steps: int) -> np.ndarray:
-    """Three runs of train.py on the plays, each (bits per byte of all held-out text, seconds)"""
+    """Three runs of train.py on the plays, each (bits per byte of all held-out text, seconds,
+    millions of parameters, millions of operations a token)"""
     torch.set_num_threads(1)
-    sys.stdout, run, found = open(os.devnull, "w"), train.run, []
+    sys.stdout, run, sizes, found = open(os.devnull, "w"), train.run, [], []
     train.run = lambda script, *rest: script != "sample.py" and run(script, *rest)
-    GPT.save_pretrained = lambda *_: None           # no family has just any mixture of parts
+    GPT.save_pretrained = lambda model, *_: sizes.append(       # no family has just any mixture
+        (model.count_parameters() / 1e6, model.flops_per_token(256) / 1e6))
     flag = choice if choice.startswith("--") else ""
     if choice and not flag:
         name, value = choice.split("=")
@@ -2159,26 +2161,22 @@ def runs_of(choice: str, steps: int) -> np.ndarray:
         flags = f"{flag} --seed {seed} --max_steps {steps} --eval_every {steps} --out {out}"
         train.main(flags.split())
         last = read_lines(Path(out, "metrics.jsonl"))[-1]
-        found.append((last["val_bpb"], last["seconds"]))
+        found.append((last["val_bpb"], last["seconds"], *sizes[-1]))
     return np.array(found)
 
 def bench_choices(choices: list[str], steps=150):
-    """What each choice, a flag of train.py or a part in GPTConfig, costs and buys: after as many
-    steps as the default, and after as many seconds. On each core one run at a time."""
+    """What each choice, a flag of train.py or a part in GPTConfig, costs and buys after as many
+    steps as the default. On each core one run at a time."""
     names, pool = ["", *choices], ProcessPoolExecutor(
         os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    equal_steps = dict(zip(names, pool.map(runs_of, names, [steps] * len(names))))
-    seconds = {name: np.median(found[:, 1]) for name, found in equal_steps.items()}
-    slower = {name: seconds[name] / seconds[""] for name in names}
-    others = [name for name in names if abs(slower[name] - 1) > 0.05]
-    fits = [round(steps / slower[name]) for name in others]
-    equal_time = equal_steps | dict(zip(others, pool.map(runs_of, others, fits)))
-    print(f"{steps} steps, mean of 3 seeds ± half their range, torch {torch.__version__}"
-          f"\n{'':26} time   bits per byte after as many steps   after as many seconds")
-    for name in names:
-        print(f"{name or 'as train.py comes':26} {slower[name]:4.2f}", *(
-            f"{runs[name][:, 0].mean():22.4f} ± {np.ptp(runs[name][:, 0]) / 2:.4f}"
-            for runs in (equal_steps, equal_time)))
+    found = dict(zip(names, pool.map(runs_of, names, [steps] * len(names))))
+    print(f"{steps} steps, mean of 3 seeds ± half their range, torch {torch.__version__}\n{'':26}"
+          "parameters  operations a token  time  bits per byte")
+    for name, runs in found.items():
+        bits, seconds, parameters, operations = runs.T
+        print(f"{name or 'as train.py comes':26}{parameters[0]:8.2f} M {operations[0]:17.1f} M "
+              f"{np.median(seconds) / np.median(found[''][:, 1]):5.2f}  {bits.mean():.4f} ± "
+              f"{np.ptp(bits) / 2:.4f}")
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
