@@ -13,7 +13,7 @@ the documents that went; and OUT/report.json, also printed: what came in, what e
 three examples, and what came out. --without RULE switches a rule off. The steps:
 
 1 repair       markup and control characters go; what is not UTF-8 becomes U+FFFD
-2 boilerplate  lines that many documents share, so that steps 3 and 6 judge a page without its menu
+2 boilerplate  lines that many documents share, so that step 3 judges a page without its menu
 3 documents    too short, too repetitive, no sentences: a table of rules, each on one document
 4 evaluation   documents that share 13 words in a row with the files given as --against
 5 personal     e-mail addresses, phone numbers and IP addresses become placeholders. Not caught:
@@ -240,10 +240,11 @@ def signature(grams) -> np.ndarray:
         smallest = np.minimum(smallest, ((hashes ^ XOR) * (FACTOR | 1)).min(1))
     return smallest
 
-def record_of(whole, text, grams) -> bytes:
-    """For find_copies(): hashes of the whole text, because step 2 takes a menu out of later copies
-    only; of the text, because it can come with two menus; of the bands; and the signature"""
-    smallest = signature(grams)
+def record_of(whole, text) -> bytes:
+    """For find_copies(): hashes of the whole text and of what step 2 left; of bands, and signature, of
+    the whole, as step 2 cuts later copies only. (So short pages under one long menu look alike.)"""
+    hashes = words_of(whole)[1]
+    smallest = signature(sequences(hashes, max(1, min(5, len(hashes)))))
     bands = sequences(smallest.astype(np.uint64), ROWS)[::ROWS]
     keys = [hashlib.blake2b(part.encode(), digest_size=8).digest() for part in (whole, text)]
     return b"".join(keys) + bands.tobytes() + smallest.tobytes()
@@ -305,9 +306,8 @@ def judge(options, evaluation, source, whole, text):
             notes += [note(name, source, found[0][:2].ljust(len(found[0]), "*"))
                       for found in re.finditer(pattern, text)]
             text = re.sub(pattern, placeholder, text)
-    grams = sequences(hashes, max(1, min(5, len(words))))
-    return (notes, json.dumps({"text": text, "source": source}).encode() + b"\n",
-            record_of(whole, text, grams))
+    row = json.dumps({"text": text, "source": source}).encode() + b"\n"
+    return notes, row, record_of(whole, text)
 
 def parallel(pool, function, items):
     """function(*item) of items, in order, on all cores"""
