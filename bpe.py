@@ -52,10 +52,10 @@ import numpy as np
 
 # ---------------------------------------------------------------- bytes
 
-# tokenizer.json is text, but tokens are bytes, and a token can be invalid UTF-8, such as a third of a
-# Chinese character. GPT-2's solution, which everyone kept, writes each byte as a visible character.
-# Those that are visible in Latin-1 stand for themselves. The 68 others, blanks and control
-# characters, get U+0100 to U+0143.
+# tokenizer.json is text, but tokens are bytes, and a token can be invalid UTF-8, such as a third of
+# a Chinese character. GPT-2's solution, which everyone kept, writes each byte as a visible
+# character. Those that are visible in Latin-1 stand for themselves. The 68 others, blanks and
+# control characters, get U+0100 to U+0143.
 VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 CHAR_OF_BYTE = {byte: byte for byte in VISIBLE} | {b: 256 + i for i, b in enumerate(HIDDEN)}

@@ -241,7 +241,7 @@ def signature(grams) -> np.ndarray:
     return smallest
 
 def record_of(whole, text) -> bytes:
-    """For find_copies(): hashes of the whole text and of what step 2 left; of bands, and signature, of
+    """For find_copies(): hashes of the whole text and of what step 2 left; bands and signature of
     the whole, as step 2 cuts later copies only. (So short pages under one long menu look alike.)"""
     hashes = words_of(whole)[1]
     smallest = signature(sequences(hashes, max(1, min(5, len(hashes)))))
