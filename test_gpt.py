@@ -1891,7 +1891,7 @@ def test_the_readme_has_flags_that_exist_and_the_output_of_its_short_commands():
     for code in re.findall(r"python -c '([^']*)'", text):       # those that need no trained model
         said = finish(HERE, "-c", code).strip()
         assert said and said in text, code
-    for script, rest in re.findall(r"((?:data/)?\w+\.py)((?: +[^\s`|<#;]+)*)",
+    for script, rest in re.findall(r"\b((?:data/)?[a-z]+\.py)((?: +[^\s`|<#;]+)*)",  # not this file
                                    text.replace("\\\n", " ")):
         for flag in re.findall(r"--[a-z]\S*", rest) if (HERE / script).exists() else ():
             asked = (script, *rest.split()[:script == "bpe.py"], "--help")
