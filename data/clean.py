@@ -240,10 +240,9 @@ def signature(grams) -> np.ndarray:
         smallest = np.minimum(smallest, ((hashes ^ XOR) * (FACTOR | 1)).min(1))
     return smallest
 
-def record_of(whole, text) -> bytes:
-    """For find_copies(): hashes of the whole text and of what step 2 left; bands and signature of
-    the whole, as step 2 cuts later copies only. (So short pages under one long menu look alike.)"""
-    hashes = words_of(whole)[1]
+def record_of(whole, text, hashes) -> bytes:
+    """For find_copies(): hashes of the whole text and of its row's; bands and signature of the
+    whole, as step 2 cuts later copies only. (So short pages under one long menu look alike.)"""
     smallest = signature(sequences(hashes, max(1, min(5, len(hashes)))))
     bands = sequences(smallest.astype(np.uint64), ROWS)[::ROWS]
     keys = [hashlib.blake2b(part.encode(), digest_size=8).digest() for part in (whole, text)]
@@ -300,6 +299,7 @@ def judge(options, evaluation, source, whole, text):
     for name, low, high, value in RULES:
         if name not in options.without and not low <= value(document) <= high:
             return [note(name, source, text)], b"", b""
+    hashes = hashes if whole == text else words_of(whole)[1]        # step 6 compares the whole
     notes = []
     for name, pattern, placeholder in PERSONAL:
         if name not in options.without:
@@ -307,7 +307,7 @@ def judge(options, evaluation, source, whole, text):
                       for found in re.finditer(pattern, text)]
             text = re.sub(pattern, placeholder, text)
     row = json.dumps({"text": text, "source": source}).encode() + b"\n"
-    return notes, row, record_of(whole, text)
+    return notes, row, record_of(whole, text, hashes)
 
 def parallel(pool, function, items):
     """function(*item) of items, in order, on all cores"""
