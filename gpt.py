@@ -845,13 +845,13 @@ def make_optimizers(model, name: str, lr: float, weight_decay: float) -> list:
                           weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
-def learning_rate(step, peak, warmup_steps, max_steps, schedule="cosine") -> float:
-    """Linear warm-up to `peak`. Then half a cosine down to 0 ("cosine"); or `peak` until the last
-    fifth of the run, and a straight line down to 0 ("wsd": warm-up, stable, decay). Warm-up,
-    because AdamW's first averages rest on few gradients. Decay, because small steps near the end
-    average out the noise of the batches: down to 0, not to a tenth (arXiv:2502.15938). wsd
-    (arXiv:2404.06395, section 4; a fifth: arXiv:2405.18392) ends as low as the cosine, and the run
-    can still be made longer until the decay begins."""
+def learning_rate(step, peak, warmup_steps, max_steps, schedule="wsd") -> float:
+    """Linear warm-up to `peak`. Then `peak` until the last fifth of the run, and a straight line
+    down to 0 ("wsd": warm-up, stable, decay; arXiv:2404.06395, section 4; a fifth:
+    arXiv:2405.18392); or half a cosine down to 0 ("cosine"). Warm-up, because AdamW's first
+    averages rest on few gradients. Decay, because small steps near the end average out the noise
+    of the batches: down to 0, not to a tenth (arXiv:2502.15938). wsd learns as much as the cosine
+    or more (README.md has figures), and its run can be made longer until the decay begins."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (max_steps - warmup_steps)

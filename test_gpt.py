@@ -904,7 +904,7 @@ def test_evaluation_predicts_every_token_once():
 
 def test_the_size_of_a_run_follows_from_model_and_text():
     model = tiny()
-    for text, tokens in (10**9, 20 * model.count_parameters()), (5000, 10000):
+    for text, tokens in (10**9, 20 * model.count_parameters()), (5000, 15000):
         args = train.make_parser().parse_args(["--block_size", "96"])
         train.scale_run(args, model, text)
         assert args.lr == pytest.approx(0.1 / (tokens * model.flops_per_token(96))**0.125, rel=0.05)
@@ -2165,18 +2165,20 @@ def runs_of(choice: str, steps: int) -> np.ndarray:
     return np.array(found)
 
 def bench_choices(choices: list[str], steps=150):
-    """What each choice, a flag of train.py or a part in GPTConfig, costs and buys after as many
-    steps as the default. On each core one run at a time."""
+    """What each choice, a flag of train.py or a part in GPTConfig, costs and buys: after as many
+    steps as the default, and after as many seconds. On each core one run at a time."""
     names, pool = ["", *choices], ProcessPoolExecutor(
         os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    found = dict(zip(names, pool.map(runs_of, names, [steps] * len(names))))
-    print(f"{steps} steps, mean of 3 seeds ± half their range, torch {torch.__version__}\n{'':26}"
-          "parameters  operations a token  time  bits per byte")
-    for name, runs in found.items():
-        bits, seconds, parameters, operations = runs.T
-        print(f"{name or 'as train.py comes':26}{parameters[0]:8.2f} M {operations[0]:17.1f} M "
-              f"{np.median(seconds) / np.median(found[''][:, 1]):5.2f}  {bits.mean():.4f} ± "
-              f"{np.ptp(bits) / 2:.4f}")
+    equal_steps = list(pool.map(runs_of, names, [steps] * len(names)))
+    times = [np.median(runs[:, 1]) / np.median(equal_steps[0][:, 1]) for runs in equal_steps]
+    in_time = [round(steps / time) for time in times]
+    equal_time = [equal_steps[0], *pool.map(runs_of, choices, in_time[1:])]
+    print(f"bits per byte, mean of 3 seeds ± half their range, torch {torch.__version__}\n{'':26}"
+          f"parameters  operations a token  time  {steps} steps        same time")
+    for name, fair, timed, time, at in zip(names, equal_steps, equal_time, times, in_time):
+        print(f"{name or 'as train.py comes':26}{fair[0, 2]:8.2f} M {fair[0, 3]:17.1f} M {time:5.2f}",
+              *(f"  {runs[:, 0].mean():.3f} ± {np.ptp(runs[:, 0]) / 2:.3f}" for runs in (fair, timed)),
+              f"  ({at} steps)", flush=True)
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:

@@ -87,11 +87,11 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("optimisation").add_argument
     add("--block_size", type=int, default=256, help="tokens in a row [%(default)s]")
     add("--batch_tokens", type=int, help="target tokens per step [by the size of the run]")
-    add("--max_steps", type=int, help="updates [20 tokens per parameter, at most two epochs]")
+    add("--max_steps", type=int, help="updates [20 tokens per parameter, at most three epochs]")
     add("--lr", type=float, help="peak learning rate [by the size of the run]")
     add("--warmup_steps", type=int, default=30, help="steps until --lr is reached [%(default)s]")
-    add("--schedule", choices=("cosine", "wsd"), default="cosine",
-        help="how the learning rate falls: all the way, or in the last fifth [%(default)s]")
+    add("--schedule", choices=("wsd", "cosine"), default="wsd",
+        help="how the learning rate falls: in the last fifth, or all the way [%(default)s]")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more from each batch, and needs torch 2.9 [%(default)s]")
     add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
@@ -275,12 +275,12 @@ def scale_run(args, model, text: int):
     """Fill in what was not asked for: batch, steps and learning rate, by the sizes of the model and
     of the text (in tokens), whatever the number of ranks.
     Steps: 20 tokens for each parameter are the best use of a training budget (arXiv:2203.15556,
-    table 3). But each token of the text is seen at most twice: up to four times would pay off
+    table 3). But each token of the text is seen at most three times: up to four would pay off
     (arXiv:2305.16264), but the first run should be over soon.
     Batch and rate: more computing, larger batch, lower rate, by the exponents of
     DeepSeek LLM (arXiv:2401.02954, eq. 1). Its constants are for runs of 1e17 operations and more;
-    ours give the first run, of 4e13, the values that it learned most with."""
-    tokens = min(20 * model.count_parameters(), 2 * text)
+    ours give the first run, of 6e13, the values that it learned most with."""
+    tokens = min(20 * model.count_parameters(), 3 * text)
     operations = tokens * model.flops_per_token(args.block_size)
     rows = 2 ** round(math.log2(max(1, 0.073 * operations ** 0.3271 / args.block_size)))
     args.batch_tokens = args.batch_tokens or rows * args.block_size
