@@ -850,8 +850,8 @@ def learning_rate(step, peak, warmup_steps, max_steps, schedule="wsd") -> float:
     down to 0 ("wsd": warm-up, stable, decay; arXiv:2404.06395, section 4; a fifth:
     arXiv:2405.18392); or half a cosine down to 0 ("cosine"). Warm-up, because AdamW's first
     averages rest on few gradients. Decay, because small steps near the end average out the noise
-    of the batches: down to 0, not to a tenth (arXiv:2502.15938). wsd learns as much as the cosine
-    or more (README.md has figures), and its run can be made longer until the decay begins."""
+    of the batches: down to 0, not to a tenth (arXiv:2502.15938). Here wsd ended lower than the
+    cosine in pretraining, and higher in SFT (README.md); and its run can still be made longer."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (max_steps - warmup_steps)
