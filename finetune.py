@@ -84,8 +84,8 @@ def make_parser() -> Parser:
     add("--max_steps", type=int, help="updates [by --epochs]")
     add("--lr", type=float, help="peak learning rate [by the size of the model]")
     add("--warmup_steps", type=int, default=10, help="steps until --lr is reached [%(default)s]")
-    add("--schedule", choices=("cosine", "wsd"), default="cosine",
-        help="how the learning rate falls: all the way, or in the last fifth [%(default)s]")
+    add("--schedule", choices=("wsd", "cosine"), default="cosine",
+        help="how the learning rate falls: in the last fifth, or all the way [%(default)s]")
     # Weight decay pulls towards 0, which is not where these weights began.
     add("--weight_decay", type=float, default=0.0, help="of matrices [%(default)s]")
     add("--grad_clip", type=float, default=1.0, help="the longest gradient norm [%(default)s]")

@@ -2169,18 +2169,17 @@ def bench_choices(choices: list[str], steps=150):
     steps as the default, and after as many seconds. On each core one run at a time."""
     names, pool = ["", *choices], ProcessPoolExecutor(
         os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    equal_steps = list(pool.map(runs_of, names, [steps] * len(names)))
-    times = [np.median(runs[:, 1]) / np.median(equal_steps[0][:, 1]) for runs in equal_steps]
-    in_time = [10 * round(steps / time / 10) for time in times]
-    new = {name: pool.submit(runs_of, name, at) for name, at in zip(names, in_time) if at != steps}
-    equal_time = [new[name].result() if name in new else runs
-                  for name, runs in zip(names, equal_steps)]
+    equal_steps = dict(zip(names, pool.map(runs_of, names, [steps] * len(names))))
+    times = {name: np.median(runs[:, 1]) for name, runs in equal_steps.items()}
+    fits = {name: 10 * round(steps * times[""] / time / 10) for name, time in times.items()}
+    again = {name: pool.submit(runs_of, name, at) for name, at in fits.items() if at != steps}
     print(f"bits per byte, mean of 3 seeds ± half their range, torch {torch.__version__}\n{'':26}"
           f"parameters  operations a token  time  {steps} steps      same time (steps)")
-    for name, fair, timed, time, at in zip(names, equal_steps, equal_time, times, in_time):
-        bits = [f"{one[:, 0].mean():.3f} ± {np.ptp(one[:, 0]) / 2:.3f}" for one in (fair, timed)]
-        print(f"{name or 'as train.py comes':26}{fair[0, 2]:8.2f} M {fair[0, 3]:17.1f} M "
-              f"{time:5.2f}  {bits[0]}  {bits[1]} ({at})", flush=True)
+    for name, runs in equal_steps.items():
+        pair = runs, again[name].result() if name in again else runs
+        bits = [f"{one[:, 0].mean():.3f} ± {np.ptp(one[:, 0]) / 2:.3f}" for one in pair]
+        print(f"{name or 'as train.py comes':26}{runs[0, 2]:8.2f} M {runs[0, 3]:17.1f} M "
+              f"{times[name] / times['']:5.2f}  {bits[0]}  {bits[1]} ({fits[name]})", flush=True)
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["bench"]:
